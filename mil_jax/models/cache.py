@@ -1,0 +1,165 @@
+"""What a model keeps between calls while it generates."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mil_jax.config import ComputeConfig, ModelConfig
+from mil_jax.errors import UserError
+from pallas_kernels.multi_step.api import Pending
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values; slot s holds position s. Slots past a row's length are stale."""
+
+    k: Float[Array, "B S K P"]
+    v: Float[Array, "B S K P"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SSMCache:
+    """A committed state and the inputs seen since, which may yet be taken back.
+
+    Paper Alg. 2 keeps one state h_i and replays accepted inputs from it, so that a rejected
+    draft token costs no copy of a state.
+
+    Attributes:
+        state: h_i, float32: [B, E, N] (Mamba) or [B, H, N, P] (Mamba-2).
+        window: The W-1 inputs of the convolution before position i, un-repeated.
+        pending_window: Inputs of the convolution from position i on, [B, S, C].
+        pending: Inputs of the scan from position i on: x after the convolution, dt before
+            softplus, B; S slots each.
+    """
+
+    state: Float[Array, "..."]
+    window: Float[Array, "B V C"]
+    pending_window: Float[Array, "B S C"]
+    pending: Pending
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HybridCache:
+    """Caches of all layers and how far each row has come.
+
+    Attributes:
+        layers: One `KVCache` or `SSMCache` per layer.
+        lengths: Tokens consumed per row, pending ones included.
+        num_pending: How many of them lie after the committed state (`SSMCache.pending`).
+    """
+
+    layers: tuple[KVCache | SSMCache, ...]
+    lengths: Int[Array, "B"]
+    num_pending: Int[Array, "B"]
+
+    def keep(self, num_tokens: Int[Array, "B"]) -> "HybridCache":
+        """Keeps the first `num_tokens` tokens after the committed state, drops the rest.
+
+        Rolls attention, states and convolutions back alike: nothing is moved, the next call
+        starts from the kept prefix.
+        """
+        lengths = self.lengths - self.num_pending + num_tokens
+        return dataclasses.replace(self, lengths=lengths, num_pending=num_tokens)
+
+    @property
+    def slots(self) -> int | None:
+        """Length of the key/value buffers, None without attention layers."""
+        for layer in self.layers:
+            if isinstance(layer, KVCache):
+                return layer.k.shape[1]
+        return None
+
+
+def init_cache(
+    config: ModelConfig,
+    compute: ComputeConfig,
+    *,
+    batch: int,
+    max_length: int,
+    max_step: int = 1,
+) -> HybridCache:
+    """Returns an empty cache.
+
+    Args:
+        config: The model's architecture.
+        compute: Its dtypes.
+        batch: Rows B.
+        max_length: Most tokens a row may reach, prompt and answer together.
+        max_step: Most tokens after a committed state, S (1 for plain decoding, K + 1 for
+            speculation with K drafts).
+
+    Raises:
+        UserError: A size is below 1.
+    """
+    for name, value in (
+        ("batch", batch),
+        ("max_length", max_length),
+        ("max_step", max_step),
+    ):
+        if value < 1:
+            raise UserError(f"cache: {name} is {value}; it must be at least 1")
+    dtype = jnp.dtype(compute.dtype)
+    # A step writes its tokens before they are counted, so the buffer holds one step more.
+    slots = max_length + max_step
+    layers = []
+    for kind in config.layer_types:
+        if kind == "attention":
+            shape = (batch, slots, config.n_kv_heads, config.head_dim)
+            layers.append(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+        else:
+            layers.append(_init_ssm_cache(config, kind, batch, max_step, dtype))
+    zeros = jnp.zeros((batch,), jnp.int32)
+    return HybridCache(tuple(layers), zeros, zeros)
+
+
+def _init_ssm_cache(
+    config: ModelConfig, kind: str, batch: int, max_step: int, dtype: jnp.dtype
+) -> SSMCache:
+    ssm = config.ssm
+    if kind == "mamba":
+        groups = 1 if ssm.inputs_from == "conv" else ssm.d_xb // ssm.d_state
+        state = (batch, ssm.d_inner, ssm.d_state)
+        x, dt = (ssm.d_inner,), (ssm.d_inner,)
+        b, conv = (groups, ssm.d_state), ssm.d_xb
+    else:
+        heads, kv_heads = config.n_heads, config.n_kv_heads
+        state = (batch, heads, ssm.d_state, ssm.d_inner // heads)
+        x, dt = (kv_heads, ssm.d_xb // kv_heads), (heads,)
+        b, conv = (kv_heads, ssm.d_state), 2 * ssm.d_xb + ssm.d_inner
+
+    def zeros(*shape: int) -> jax.Array:
+        return jnp.zeros((batch, *shape), dtype)
+
+    return SSMCache(
+        state=jnp.zeros(state, jnp.float32),
+        window=zeros(ssm.d_conv - 1, conv),
+        pending_window=zeros(max_step, conv),
+        pending=Pending(
+            x=zeros(max_step, *x), dt=zeros(max_step, *dt), B=zeros(max_step, *b)
+        ),
+    )
+
+
+def take_rows(
+    values: Float[Array, "B L *C"], start: Int[Array, "B"], size: int
+) -> Float[Array, "B S *C"]:
+    """Returns `values[b, start[b] : start[b] + size]` for every row b."""
+    return jax.vmap(
+        lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size, axis=0)
+    )(values, start)
+
+
+def write_rows(
+    buffer: Float[Array, "B S *C"],
+    values: Float[Array, "B T *C"],
+    start: Int[Array, "B"],
+) -> Float[Array, "B S *C"]:
+    """Returns `buffer` with `values[b]` written at `buffer[b, start[b]:]`."""
+    return jax.vmap(
+        lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=0)
+    )(buffer, values.astype(buffer.dtype), start)

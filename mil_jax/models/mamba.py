@@ -1,0 +1,158 @@
+"""Mamba mixer (MODEL_SPEC: paper Alg. 1; Mamba, 2312.00752), hybrid or pure."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mil_jax.config import ComputeConfig, ModelConfig
+from mil_jax.models.cache import SSMCache
+from mil_jax.models.layers import Linear, make_param, uniform_init
+from mil_jax.models.ssm import Projected, ScanInputs, SSMMixer, dt_bias_init
+from pallas_kernels.multi_step.api import selective_multi_step
+from pallas_kernels.selective_scan.api import selective_scan
+
+
+class MambaMixer(SSMMixer):
+    """Selective state space with one decay per channel and state.
+
+    In a hybrid x, B and C start as the attention's values, keys and queries, in groups of N
+    channels; in a pure Mamba (`ssm.inputs_from == "conv"`) dt, B and C are read from the
+    convolved x and all channels share one group.
+    """
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+        ssm = config.ssm
+        d, e, x, n, r = (
+            config.d_model,
+            ssm.d_inner,
+            ssm.d_xb,
+            ssm.d_state,
+            ssm.dt_rank,
+        )
+        self.is_pure = ssm.inputs_from == "conv"
+        bc_in, b_out, c_out = (e, n, n) if self.is_pure else (d, x, e)
+        bc_axis = "d_inner" if self.is_pure else "embed"
+        b_axis, c_axis = ("d_state",) * 2 if self.is_pure else ("d_xb", "d_inner")
+
+        def linear(
+            shape: tuple[int, int], axes: tuple[str, str], bound: float
+        ) -> Linear:
+            return Linear(
+                shape, axes, dtype=compute.dtype, rngs=rngs, init=uniform_init(bound)
+            )
+
+        self.x_proj = linear((d, x), ("embed", "d_xb"), d**-0.5)
+        self.z_proj = linear((d, e), ("embed", "d_inner"), d**-0.5)
+        self.B_proj = linear((bc_in, b_out), (bc_axis, b_axis), bc_in**-0.5)
+        self.C_proj = linear((bc_in, c_out), (bc_axis, c_axis), bc_in**-0.5)
+        self.dt_down = linear((bc_in, r), (bc_axis, "dt_rank"), bc_in**-0.5)
+        self.dt_up = linear((r, e), ("dt_rank", "d_inner"), r**-0.5)
+        self.out_proj = linear((e, d), ("d_inner", "embed"), e**-0.5)
+        self.dt_bias = make_param(dt_bias_init, (e,), ("d_inner",), rngs)
+        taps = ssm.d_conv
+        conv_init = uniform_init(taps**-0.5)
+        self.conv_kernel = make_param(conv_init, (taps, e), ("conv", "d_inner"), rngs)
+        self.conv_bias = make_param(conv_init, (e,), ("d_inner",), rngs)
+        self.A_log = make_param(_A_log_init, (e, n), ("d_inner", "d_state"), rngs)
+        self.D = make_param(jax.nn.initializers.ones, (e,), ("d_inner",), rngs)
+        self.config = ssm
+        self.implementation = compute.implementation
+
+    def project(self, u: Float[Array, "B L D"]) -> Projected:
+        """Returns x, z and, in a hybrid, dt, B and C."""
+        x, z = self.x_proj(u), self.z_proj(u)
+        if self.is_pure:
+            return Projected(x, z)
+        return Projected(x, z, *self._dt_B_C(u))
+
+    def repeat(self, conv_in: Float[Array, "B L X"]) -> Float[Array, "B L E"]:
+        """Repeats each group of N channels E / X times, consecutively."""
+        ssm = self.config
+        repeats = ssm.d_inner // ssm.d_xb
+        if repeats == 1:
+            return conv_in
+        groups = conv_in.reshape(*conv_in.shape[:2], -1, 1, ssm.d_state)
+        tiled = jnp.broadcast_to(
+            groups, (*groups.shape[:3], repeats, groups.shape[-1])
+        )
+        return tiled.reshape(*conv_in.shape[:2], ssm.d_inner)
+
+    def scan_inputs(
+        self, projected: Projected, conv_out: Float[Array, "B L E"]
+    ) -> ScanInputs:
+        """Returns x after the convolution with dt, B and C."""
+        if self.is_pure:
+            return ScanInputs(conv_out, *self._dt_B_C(conv_out))
+        return ScanInputs(conv_out, projected.dt, projected.B, projected.C)
+
+    def scan(
+        self,
+        inputs: ScanInputs,
+        z: Float[Array, "B L E"],
+        state: Float[Array, "B E N"] | None,
+        segment_ids: Int[Array, "B L"] | None,
+    ) -> tuple[Float[Array, "B L E"], Float[Array, "B E N"]]:
+        """Runs the selective scan with skip and gate fused."""
+        return selective_scan(
+            inputs.x,
+            inputs.dt,
+            self._A(),
+            inputs.B,
+            inputs.C,
+            D=self.D[...],
+            z=z,
+            dt_bias=self.dt_bias[...],
+            initial_state=state,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+        )
+
+    def step(
+        self,
+        inputs: ScanInputs,
+        z: Float[Array, "B T E"],
+        cache: SSMCache,
+        num_pending: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B T E"], Float[Array, "B E N"]]:
+        """Runs the multi-step kernel with skip and gate fused."""
+        return selective_multi_step(
+            cache.state,
+            cache.pending,
+            num_pending,
+            inputs.x,
+            inputs.dt,
+            self._A(),
+            inputs.B,
+            inputs.C,
+            D=self.D[...],
+            z=z,
+            dt_bias=self.dt_bias[...],
+        )
+
+    def output(self, y: Float[Array, "B L E"]) -> Float[Array, "B L D"]:
+        """Applies out_proj."""
+        return self.out_proj(y)
+
+    def _A(self) -> Float[Array, "E N"]:
+        return -jnp.exp(self.A_log[...].astype(jnp.float32))
+
+    def _dt_B_C(
+        self, u: Float[Array, "B L I"]
+    ) -> tuple[
+        Float[Array, "B L E"], Float[Array, "B L G N"], Float[Array, "B L G N"]
+    ]:
+        dt = self.dt_up(self.dt_down(u))
+        n = self.config.d_state
+        B, C = (
+            a.reshape(*u.shape[:2], -1, n) for a in (self.B_proj(u), self.C_proj(u))
+        )
+        return dt, B, C
+
+
+def _A_log_init(
+    key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype
+) -> Float[Array, "E N"]:
+    """Returns log(1..N) for every channel (S4D-real)."""
+    del key
+    return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1, dtype=dtype)), shape)
