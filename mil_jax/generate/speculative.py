@@ -1,0 +1,304 @@
+"""Speculative decoding with a multi-step state-space verifier (paper Sec. 4, Alg. 2)."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from mil_jax.errors import UserError
+from mil_jax.generate.decode import (
+    Completions,
+    check_capacity,
+    is_eos,
+    pad_prompts,
+)
+from mil_jax.generate.sampler import Sampling, log_probs, sample
+from mil_jax.models.cache import HybridCache, init_cache, write_rows
+from mil_jax.models.decoder import HybridLM
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeculationStats:
+    """What speculation gained.
+
+    Attributes:
+        steps: Target passes per row (the prompt's own not counted), [B].
+        accepted_at: Of all passes, how many accepted the draft's token at position i, [K].
+        num_steps: Passes over all rows.
+        tokens_per_step: Tokens gained by a pass, mean over all rows and passes, at most K+1.
+    """
+
+    steps: np.ndarray
+    accepted_at: np.ndarray
+    num_steps: int
+    tokens_per_step: float
+
+
+def generate(
+    target: HybridLM,
+    draft: HybridLM,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    k: int,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    eos_ids: Sequence[int] | None = None,
+    seed: int = 0,
+    max_length: int | None = None,
+) -> tuple[Completions, SpeculationStats]:
+    """Answers prompts as `target` would, with `draft` proposing k tokens a step.
+
+    Greedy answers are the target's own, token by token; sampled ones follow the target's
+    distribution exactly (2211.17192, Alg. 1), both models under the same filter.
+
+    Args:
+        target: The model whose answers are wanted.
+        draft: A smaller model of any layer types with the same vocabulary.
+        prompts: Token ids, at least one each.
+        k: Draft tokens per step, K >= 1.
+        max_new_tokens: Limit on each answer.
+        sampling: Greedy by default.
+        eos_ids: Tokens that end an answer; default the target's.
+        seed: Of the sampling.
+        max_length: Cache slots per row; default what this batch needs.
+
+    Raises:
+        UserError: The vocabularies differ, k < 1, or a prompt is empty or does not fit.
+    """
+    if target.config.vocab_size != draft.config.vocab_size:
+        raise UserError(
+            f"the draft has {draft.config.vocab_size} tokens and the target "
+            f"{target.config.vocab_size}; both must use the same vocabulary"
+        )
+    if k < 1:
+        raise UserError(f"k is {k}; speculation needs at least one draft token")
+    batch = pad_prompts(prompts, target.config)
+    capacity = check_capacity(batch, max_new_tokens, max_length)
+    eos = target.config.eos_token_ids if eos_ids is None else eos_ids
+    tokens, lengths, steps, accepted, gained = _generate(
+        target,
+        draft,
+        batch.tokens,
+        batch.lengths,
+        jax.random.key(seed),
+        k=k,
+        max_new_tokens=max_new_tokens,
+        capacity=capacity,
+        sampling=sampling,
+        eos_ids=tuple(eos),
+    )
+    total = int(np.sum(steps))
+    stats = SpeculationStats(
+        steps=np.asarray(steps),
+        accepted_at=np.asarray(accepted),
+        num_steps=total,
+        tokens_per_step=float(np.sum(gained)) / max(total, 1),
+    )
+    return Completions(np.asarray(tokens), np.asarray(lengths)), stats
+
+
+class Verdict(NamedTuple):
+    """Outcome of one verification.
+
+    Attributes:
+        num_accepted: Draft tokens accepted per row, in [0, K].
+        tokens: Accepted drafts, then the target's own token, then padding: [B, K+1].
+    """
+
+    num_accepted: Int[Array, "B"]
+    tokens: Int[Array, "B S"]
+
+
+def verify(
+    key: jax.Array,
+    target_logits: Float[Array, "B S V"],
+    draft_logits: Float[Array, "B K V"],
+    drafts: Int[Array, "B K"],
+    sampling: Sampling,
+) -> Verdict:
+    """Accepts a prefix of the drafts and adds one token of the target's.
+
+    Greedy: the longest prefix that the target would have chosen itself. Sampled: draft i is
+    accepted with probability min(1, p/q); at the first rejection the token is drawn from
+    max(p - q, 0) normalised, after full acceptance from p (2211.17192, Alg. 1 and App. A).
+
+    Args:
+        key: For the sampled rule.
+        target_logits: After the last accepted token and after each draft; S = K + 1.
+        draft_logits: From which each draft was taken.
+        drafts: Proposed tokens.
+        sampling: The filter of both models.
+    """
+    k = drafts.shape[1]
+    if sampling.is_greedy:
+        choice = jnp.argmax(target_logits, axis=-1).astype(jnp.int32)
+        num_accepted = _prefix_length(choice[:, :k] == drafts)
+        extra = jnp.take_along_axis(choice, num_accepted[:, None], axis=1)
+    else:
+        accept_key, extra_key = jax.random.split(key)
+        log_p = log_probs(target_logits, sampling)
+        log_q = log_probs(draft_logits, sampling)
+        ratio = _pick(log_p[:, :k], drafts) - _pick(log_q, drafts)
+        uniform = jax.random.uniform(accept_key, ratio.shape)
+        num_accepted = _prefix_length(uniform < jnp.exp(ratio))
+        # Behind the last draft there is no q: the residual is p itself.
+        q = jnp.pad(jnp.exp(log_q), ((0, 0), (0, 1), (0, 0)))
+        residual = jnp.maximum(jnp.exp(log_p) - q, 0.0)
+        at = num_accepted[:, None, None]
+        weights = jnp.take_along_axis(residual, at, axis=1)[:, 0]
+        extra = jax.random.categorical(extra_key, jnp.log(weights))[:, None]
+    position = jnp.arange(k + 1)
+    padded = jnp.pad(drafts, ((0, 0), (0, 1)))
+    tokens = jnp.where(position < num_accepted[:, None], padded, 0)
+    tokens = jnp.where(position == num_accepted[:, None], extra, tokens)
+    return Verdict(num_accepted, tokens.astype(jnp.int32))
+
+
+def _prefix_length(agrees: Bool[Array, "B K"]) -> Int[Array, "B"]:
+    return jnp.sum(jnp.cumprod(agrees.astype(jnp.int32), axis=1), axis=1)
+
+
+def _pick(values: Float[Array, "B K V"], index: Int[Array, "B K"]) -> jax.Array:
+    return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
+
+
+def propose(
+    draft: HybridLM,
+    key: jax.Array,
+    last_two: Int[Array, "B 2"],
+    cache: HybridCache,
+    k: int,
+    sampling: Sampling,
+) -> tuple[Int[Array, "B K"], Float[Array, "B K V"], HybridCache]:
+    """Draws k tokens from the draft, one after the other.
+
+    The draft always lags two tokens behind, so that one call catches up after full
+    acceptance and after a rejection alike. Its cache commits once; the k + 1 tokens it reads
+    stay pending until it is known how many survive.
+
+    Returns:
+        The drafts, the logits they were taken from, and the cache.
+    """
+    logits, cache = draft.decode(last_two, cache)
+    logits = logits[:, -1]
+    tokens, all_logits = [], []
+    for i in range(k):
+        token = sample(jax.random.fold_in(key, i), logits, sampling)
+        tokens.append(token)
+        all_logits.append(logits)
+        if i + 1 < k:
+            cache = cache.keep(jnp.full_like(cache.lengths, i + 2))
+            step, cache = draft.decode(token[:, None], cache, commit=False)
+            logits = step[:, 0]
+    return jnp.stack(tokens, axis=1), jnp.stack(all_logits, axis=1), cache
+
+
+class _Carry(NamedTuple):
+    step: Int[Array, ""]
+    done: Bool[Array, "B"]
+    last_two: Int[Array, "B 2"]
+    out: Int[Array, "B M"]
+    lengths: Int[Array, "B"]
+    target_cache: HybridCache
+    draft_cache: HybridCache
+    steps: Int[Array, "B"]
+    accepted_at: Int[Array, "K"]
+    gained: Int[Array, "B"]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("k", "max_new_tokens", "capacity", "sampling", "eos_ids")
+)
+def _generate(
+    target: HybridLM,
+    draft: HybridLM,
+    prompts: Int[Array, "B L"],
+    prompt_lengths: Int[Array, "B"],
+    key: jax.Array,
+    *,
+    k: int,
+    max_new_tokens: int,
+    capacity: int,
+    sampling: Sampling,
+    eos_ids: tuple[int, ...],
+) -> tuple[jax.Array, ...]:
+    """Prefills both models, then drafts and verifies until every row has ended."""
+    batch = prompts.shape[0]
+    sizes = {"batch": batch, "max_length": capacity, "max_step": k + 1}
+    target_cache = init_cache(target.config, target.compute, **sizes)
+    draft_cache = init_cache(draft.config, draft.compute, **sizes)
+    logits, target_cache = target.prefill(prompts, prompt_lengths, target_cache)
+    # Invariant: the target has read all but the last token, the draft all but two.
+    _, draft_cache = draft.prefill(prompts, prompt_lengths - 1, draft_cache)
+    first = sample(jax.random.fold_in(key, 0), logits, sampling)
+    last_prompt = jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)
+    # Room for a whole step past the limit; cut off at the end.
+    out = jnp.zeros((batch, max_new_tokens + k + 1), jnp.int32).at[:, 0].set(first)
+    zeros = jnp.zeros((batch,), jnp.int32)
+    start = _Carry(
+        step=jnp.int32(1),
+        done=is_eos(first, eos_ids) | (max_new_tokens <= 1),
+        last_two=jnp.concatenate([last_prompt, first[:, None]], axis=1),
+        out=out,
+        lengths=zeros + 1,
+        target_cache=target_cache,
+        draft_cache=draft_cache,
+        steps=zeros,
+        accepted_at=jnp.zeros((k,), jnp.int32),
+        gained=zeros,
+    )
+
+    def advance(c: _Carry) -> _Carry:
+        draft_key, verify_key = jax.random.split(jax.random.fold_in(key, c.step))
+        drafts, draft_logits, draft_cache = propose(
+            draft, draft_key, c.last_two, c.draft_cache, k, sampling
+        )
+        inputs = jnp.concatenate([c.last_two[:, 1:], drafts], axis=1)
+        target_logits, target_cache = target.decode(inputs, c.target_cache)
+        verdict = verify(verify_key, target_logits, draft_logits, drafts, sampling)
+        is_live = ~c.done
+        gained = verdict.num_accepted + 1
+        emitted, has_eos = _until_eos(verdict.tokens, gained, eos_ids)
+        emitted = jnp.minimum(emitted, max_new_tokens - c.lengths)
+        emitted = jnp.where(is_live, emitted, 0)
+        is_new = jnp.arange(k + 1) < emitted[:, None]
+        out = write_rows(c.out, jnp.where(is_new, verdict.tokens, 0), c.lengths)
+        lengths = c.lengths + emitted
+        kept = jnp.where(is_live, gained, 0)
+        tail = jnp.concatenate([c.last_two[:, 1:], verdict.tokens], axis=1)
+        at = verdict.num_accepted[:, None] + jnp.arange(2)
+        last_two = jnp.take_along_axis(tail, at, axis=1)
+        accepted_at = jnp.arange(k) < verdict.num_accepted[:, None]
+        return _Carry(
+            step=c.step + 1,
+            done=c.done | has_eos | (lengths >= max_new_tokens),
+            last_two=jnp.where(is_live[:, None], last_two, c.last_two),
+            out=out,
+            lengths=lengths,
+            target_cache=target_cache.keep(kept),
+            draft_cache=draft_cache.keep(kept),
+            steps=c.steps + is_live,
+            accepted_at=c.accepted_at
+            + jnp.sum(accepted_at & is_live[:, None], axis=0, dtype=jnp.int32),
+            gained=c.gained + kept,
+        )
+
+    end = jax.lax.while_loop(lambda c: ~jnp.all(c.done), advance, start)
+    out = end.out[:, :max_new_tokens]
+    return out, end.lengths, end.steps, end.accepted_at, end.gained
+
+
+def _until_eos(
+    tokens: Int[Array, "B S"], count: Int[Array, "B"], eos_ids: tuple[int, ...]
+) -> tuple[Int[Array, "B"], Bool[Array, "B"]]:
+    """Returns how many of the first `count` tokens count, EOS included, and if one ended."""
+    size = tokens.shape[1]
+    ends = is_eos(tokens, eos_ids) & (jnp.arange(size) < count[:, None])
+    has_eos = jnp.any(ends, axis=1)
+    first = jnp.argmax(ends, axis=1).astype(jnp.int32)
+    return jnp.where(has_eos, first + 1, count), has_eos
