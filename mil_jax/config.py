@@ -223,3 +223,212 @@ class ComputeConfig:
     attention: Literal["xla", "cudnn"] | None = None
     remat: bool = False
     scan_layers: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionConfig:
+    """Which layers become state-space layers, and how they start (paper Sec. 2.3).
+
+    Attributes:
+        steps: One set of layers per conversion step, each holding the one before; stage
+            distill trains after every step (stepwise distillation). One entry converts at
+            once.
+        mixer: Kind of the new layers.
+        init_from: "attention", or "random" for the ablation.
+        channel_order: See `surgery.attention_to_mamba`.
+        dt_init: See `surgery.attention_to_mamba`.
+        d_state: N of Mamba layers; Mamba-2 takes the head size.
+    """
+
+    steps: tuple[tuple[int, ...], ...]
+    mixer: Literal["mamba", "mamba2"] = "mamba"
+    init_from: Literal["attention", "random"] = "attention"
+    channel_order: Literal["aligned", "original"] = "aligned"
+    dt_init: Literal["mamba", "original"] = "mamba"
+    d_state: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from; each a spec of `mil_jax.data.sources`.
+
+    Attributes:
+        prompts: For pseudo-labels; answers in it are ignored.
+        conversations: For sft, draft and pretrain.
+        preferences: For dpo.
+        evaluation: Held-out conversations.
+    """
+
+    prompts: str = ""
+    conversations: str = ""
+    preferences: str = ""
+    evaluation: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with gradient clipping and a schedule by name.
+
+    Attributes:
+        lr: Peak learning rate.
+        schedule: After the linear warm-up: "cosine" or "linear" to `end_fraction` of the
+            peak, or "constant".
+        warmup_steps: Steps of linear warm-up.
+        warmup_fraction: The same as a share of all steps; the larger of both counts.
+        end_fraction: Last learning rate as a share of `lr`.
+        b1: Decay of the first moment.
+        b2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled, on all trained weights.
+        clip_norm: Most that the gradients' global norm may be; 0 does not clip.
+    """
+
+    lr: float
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    warmup_fraction: float = 0.0
+    end_fraction: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+
+StageName = Literal[
+    "pretrain", "pseudo_labels", "distill", "sft", "dpo", "draft", "export", "evaluate"
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage as data. Fields that a kind of stage does not use are left at defaults.
+
+    Attributes:
+        name: Which stage.
+        start_from: Folder or hub id of the model to start from; "" takes the stage before
+            in the same workdir.
+        optimizer: For stages that train.
+        batch_size: Rows of a global step; of a generated batch in pseudo_labels.
+        accumulate: Micro-batches per step; divides `batch_size`.
+        length: Tokens of a row.
+        max_prompt_length: dpo: prompts are cut to this many tokens, from the left.
+        epochs: Passes over the data.
+        max_steps: Ends earlier; 0 does not.
+        packed: Several documents a row.
+        trainable: "mamba" (the mixers), "not_mlp" (all but MLPs) or "all".
+        ce_weight: alpha of Eq. 2.
+        kl_weight: beta of Eq. 2; 0 needs no teacher.
+        kl_reduction: See `losses.word_kd_loss`.
+        dpo_beta: beta of Eq. 4.
+        reference: dpo: "teacher", or "start" for the model that the stage starts from.
+        draft_layers: draft: the teacher's layers that the draft keeps, in order.
+        max_new_tokens: pseudo_labels and evaluate: limit on an answer.
+        temperature: pseudo_labels: 0 is greedy.
+        top_k: pseudo_labels: 0 keeps all.
+        top_p: pseudo_labels: 1 keeps all.
+        loss_on: "answers", or "all" tokens but padding (pretrain).
+        loss_chunk: Positions whose logits exist at a time.
+        checkpoint_every: Steps between checkpoints.
+    """
+
+    name: StageName
+    start_from: str = ""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4)
+    batch_size: int = 64
+    accumulate: int = 1
+    length: int = 2048
+    max_prompt_length: int = 512
+    epochs: int = 1
+    max_steps: int = 0
+    packed: bool = False
+    trainable: Literal["mamba", "not_mlp", "all"] = "all"
+    ce_weight: float = 1.0
+    kl_weight: float = 0.0
+    kl_reduction: Literal["token_mean", "original"] = "token_mean"
+    dpo_beta: float = 0.01
+    reference: Literal["teacher", "start"] = "teacher"
+    draft_layers: tuple[int, ...] = ()
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    loss_on: Literal["answers", "all"] = "answers"
+    loss_chunk: int = 512
+    checkpoint_every: int = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh; see `sharding.make_mesh`."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything a command needs: what `configs/*.py` return, checked and frozen.
+
+    Attributes:
+        teacher: Hugging Face folder or hub id, or a model saved by a stage.
+        conversion: How the student arises from the teacher.
+        data: Where text comes from.
+        stage: What to do.
+        compute: How models run.
+        mesh: On which devices.
+        tokenizer: Folder or hub id; "" takes the teacher's.
+        architecture: pretrain: the model to create.
+        seed: Of initialisation, data order and sampling.
+    """
+
+    teacher: str
+    conversion: ConversionConfig
+    data: DataConfig
+    stage: StageConfig
+    compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()
+    tokenizer: str = ""
+    architecture: ModelConfig | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        steps = self.conversion.steps
+        for i, (earlier, later) in enumerate(zip(steps, steps[1:], strict=False)):
+            if not set(earlier) <= set(later):
+                raise UserError(
+                    f"conversion.steps[{i + 1}] must hold all layers of step {i}; "
+                    f"missing {sorted(set(earlier) - set(later))}"
+                )
+        if self.stage.batch_size % self.stage.accumulate:
+            raise UserError(
+                f"stage.accumulate ({self.stage.accumulate}) does not divide "
+                f"stage.batch_size ({self.stage.batch_size})"
+            )
+
+
+def parse_arg(arg: str | None, **defaults: str | bool) -> dict[str, str | bool]:
+    """Parses the text after the colon of `--config=file.py:key=value,flag`.
+
+    Args:
+        arg: Comma-separated `key=value`; a boolean may be given by its name alone.
+        **defaults: Every key with its default, a string or a boolean.
+
+    Raises:
+        UserError: A key is unknown or a boolean is neither true nor false.
+    """
+    values = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        key, has_value, text = part.partition("=")
+        if key not in defaults:
+            raise UserError(
+                f"unknown config argument {key!r}; known: {', '.join(defaults)}"
+            )
+        if isinstance(defaults[key], bool):
+            if has_value and text not in ("true", "false"):
+                raise UserError(f"config argument {key} is {text!r}; use true or false")
+            values[key] = text == "true" if has_value else True
+        else:
+            values[key] = text
+    return values

@@ -5,7 +5,7 @@ exists; the backward pass makes each chunk's logits again.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,28 +101,41 @@ def token_nll_and_kl(
     return over_chunks(per_token, (student_hidden, teacher_hidden, labels), chunk=chunk)
 
 
-def masked_mean(
-    values: Float[Array, "B L"], mask: Bool[Array, "B L"]
-) -> Float[Array, ""]:
-    """Returns the mean over tokens where `mask` is set (0 if there is none)."""
-    weights = mask.astype(values.dtype)
-    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+class Counts(NamedTuple):
+    """What sums are divided by.
+
+    A step that accumulates micro-batches passes the whole batch's counts, so that the sum
+    over micro-batches is the mean over the batch.
+    """
+
+    tokens: Float[Array, ""]  # unmasked tokens
+    rows: Float[Array, ""]
+
+
+def count(loss_mask: Bool[Array, "B L"]) -> Counts:
+    """Returns the counts of one batch; a batch without answer tokens counts as one."""
+    tokens = jnp.sum(loss_mask, dtype=jnp.float32)
+    return Counts(jnp.maximum(tokens, 1.0), jnp.float32(loss_mask.shape[0]))
 
 
 def seq_kd_loss(
-    nll: Float[Array, "B L"], loss_mask: Bool[Array, "B L"]
+    nll: Float[Array, "B L"],
+    loss_mask: Bool[Array, "B L"],
+    counts: Counts | None = None,
 ) -> Float[Array, ""]:
     """Returns the mean cross-entropy on the teacher's answers: nats per unmasked token.
 
     Source: Sec. 3, sequence-level distillation on pseudo-labels.
     """
-    return masked_mean(nll, loss_mask)
+    counts = counts or count(loss_mask)
+    return jnp.sum(jnp.where(loss_mask, nll, 0.0)) / counts.tokens
 
 
 def word_kd_loss(
     kl: Float[Array, "B L"],
     loss_mask: Bool[Array, "B L"],
     reduction: KLReduction = "token_mean",
+    counts: Counts | None = None,
 ) -> Float[Array, ""]:
     """Returns the KL between teacher and student.
 
@@ -134,33 +147,40 @@ def word_kd_loss(
         reduction: "token_mean": mean over unmasked tokens. "original": sum over all
             positions, padding included, divided by the batch, as the published
             implementation does; about L times larger.
+        counts: Of the whole batch, where `kl` is a part of it.
     """
+    counts = counts or count(loss_mask)
     if reduction == "original":
-        return jnp.sum(kl) / kl.shape[0]
-    return masked_mean(kl, loss_mask)
+        return jnp.sum(kl) / counts.rows
+    return jnp.sum(jnp.where(loss_mask, kl, 0.0)) / counts.tokens
 
 
 def distill_loss(
     nll: Float[Array, "B L"],
-    kl: Float[Array, "B L"],
+    kl: Float[Array, "B L"] | None,
     loss_mask: Bool[Array, "B L"],
     *,
     ce_weight: float,
     kl_weight: float,
     kl_reduction: KLReduction = "token_mean",
+    counts: Counts | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns `alpha * CE + beta * KL` (Eq. 2) and its parts.
 
     Args:
         nll: Student's cross-entropy on the pseudo-labels, per token.
-        kl: KL[p_teacher || p_student], per token.
+        kl: KL[p_teacher || p_student], per token; None without a teacher.
         loss_mask: Answer tokens.
         ce_weight: alpha.
         kl_weight: beta.
         kl_reduction: See `word_kd_loss`.
+        counts: Of the whole batch, where this is a part of it.
     """
-    ce = seq_kd_loss(nll, loss_mask)
-    divergence = word_kd_loss(kl, loss_mask, kl_reduction)
+    ce = seq_kd_loss(nll, loss_mask, counts)
+    if kl is None:
+        loss = ce_weight * ce
+        return loss, {"loss": loss, "ce": ce}
+    divergence = word_kd_loss(kl, loss_mask, kl_reduction, counts)
     loss = ce_weight * ce + kl_weight * divergence
     return loss, {"loss": loss, "ce": ce, "kl": divergence}
 
@@ -172,6 +192,7 @@ def dpo_loss(
     reference_rejected: Float[Array, "B"],
     *,
     beta: float,
+    rows: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the direct preference loss (Eq. 4; 2305.18290, Eq. 7), mean over pairs.
 
@@ -181,16 +202,18 @@ def dpo_loss(
         reference_chosen: Under the reference model (the teacher).
         reference_rejected: Likewise.
         beta: Strength of the pull towards the reference.
+        rows: Pairs of the whole batch, where this is a part of it.
     """
+    rows = rows if rows is not None else jnp.float32(policy_chosen.shape[0])
     chosen = beta * (policy_chosen - reference_chosen)
     rejected = beta * (policy_rejected - reference_rejected)
     margin = chosen - rejected
-    loss = jnp.mean(-jax.nn.log_sigmoid(margin))
+    loss = jnp.sum(-jax.nn.log_sigmoid(margin)) / rows
     metrics = {
         "loss": loss,
-        "accuracy": jnp.mean((margin > 0).astype(jnp.float32)),
-        "margin": jnp.mean(margin),
-        "reward_chosen": jnp.mean(chosen),
-        "reward_rejected": jnp.mean(rejected),
+        "accuracy": jnp.sum((margin > 0).astype(jnp.float32)) / rows,
+        "margin": jnp.sum(margin) / rows,
+        "reward_chosen": jnp.sum(chosen) / rows,
+        "reward_rejected": jnp.sum(rejected) / rows,
     }
     return loss, metrics

@@ -189,3 +189,36 @@ def _cast(value: ArrayLike, dtype: np.dtype) -> ArrayLike:
     if isinstance(value, jax.Array):
         return value.astype(jnp.dtype(dtype))
     return np.asarray(value, dtype)
+
+
+def keep_layers(
+    params: Params, config: ModelConfig, layers: Sequence[int]
+) -> tuple[Params, ModelConfig]:
+    """Returns the model that has only `layers`, in that order ("shrink", Sec. 4.3).
+
+    Embedding, final norm and language-model head stay; the result is the start of a draft.
+
+    Raises:
+        UserError: No layer is named, or one is out of range or named twice.
+    """
+    if not layers:
+        raise UserError("stage.draft_layers is empty; name the layers the draft keeps")
+    if len(set(layers)) < len(layers):
+        raise UserError(f"draft_layers {tuple(layers)} names a layer twice")
+    for i in layers:
+        if not 0 <= i < config.n_layers:
+            raise UserError(
+                f"draft_layers holds {i}, but the model has layers 0 to "
+                f"{config.n_layers - 1}"
+            )
+    new_index = {str(old): new for new, old in enumerate(layers)}
+    kept: Params = {}
+    for name, value in params.items():
+        if not name.startswith("layers."):
+            kept[name] = value
+            continue
+        _, index, rest = name.split(".", 2)
+        if index in new_index:
+            kept[f"layers.{new_index[index]}.{rest}"] = value
+    kinds = tuple(config.layer_types[i] for i in layers)
+    return kept, dataclasses.replace(config, layer_types=kinds)

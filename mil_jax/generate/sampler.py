@@ -37,9 +37,7 @@ class Sampling:
         return self.temperature == 0
 
 
-def log_probs(
-    logits: Float[Array, "*B V"], sampling: Sampling
-) -> Float[Array, "*B V"]:
+def log_probs(logits: Float[Array, "*B V"], sampling: Sampling) -> Float[Array, "*B V"]:
     """Returns the filtered, normalised log-distribution; excluded tokens have -inf.
 
     Filters apply in the order temperature, top-k, top-p. Of tokens that tie at the border all

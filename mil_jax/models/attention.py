@@ -76,7 +76,9 @@ class Attention(nnx.Module):
         """
         positions = lengths[:, None] + jnp.arange(u.shape[1], dtype=jnp.int32)
         q, k, v = self._project(u, positions)
-        cache = KVCache(write_rows(cache.k, k, lengths), write_rows(cache.v, v, lengths))
+        cache = KVCache(
+            write_rows(cache.k, k, lengths), write_rows(cache.v, v, lengths)
+        )
         slots = jnp.arange(cache.k.shape[1], dtype=jnp.int32)
         visible = slots <= positions[:, :, None]
         if self.config.sliding_window is not None:

@@ -505,36 +505,51 @@ def build(
     return blueprint.model(blueprint.place(params, mesh))
 
 
-def init_layer(config: ModelConfig, kind: str, key: jax.Array) -> Params:
-    """Returns fresh float32 parameters of one layer, named without "layers.{i}."."""
-    return _init_layer_fn(config, kind)(key)
+def init_layer(
+    config: ModelConfig, kind: str, key: jax.Array, dtype: str = "float32"
+) -> Params:
+    """Returns fresh parameters of one layer, named without "layers.{i}."."""
+    return _init_layer_fn(config, kind, dtype)(key)
 
 
 @functools.cache
-def _init_layer_fn(config: ModelConfig, kind: str) -> Callable[[jax.Array], Params]:
+def _init_layer_fn(
+    config: ModelConfig, kind: str, dtype: str
+) -> Callable[[jax.Array], Params]:
     def init(key: jax.Array) -> Params:
         rngs = nnx.Rngs(params=key)
-        return _flat_state(DecoderLayer(config, ComputeConfig(), kind, rngs=rngs))
+        layer = DecoderLayer(config, ComputeConfig(), kind, rngs=rngs)
+        return _flat_state(layer, dtype)
 
     return jax.jit(init)
 
 
-def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Returns fresh float32 parameters of a whole model, Llama's initialisation."""
+def init_params(config: ModelConfig, key: jax.Array, dtype: str = "float32") -> Params:
+    """Returns fresh parameters of a whole model, Llama's initialisation.
+
+    Args:
+        config: Architecture.
+        key: Of all draws.
+        dtype: Storage; what the recurrence reads is float32 nevertheless.
+    """
     outer_key, layers_key = jax.random.split(key)
 
     def outer(key: jax.Array) -> Params:
         empty = dataclasses.replace(config, layer_types=())
         rngs = nnx.Rngs(params=key)
-        return _flat_state(HybridLM(empty, ComputeConfig(), 1, rngs=rngs))
+        return _flat_state(HybridLM(empty, ComputeConfig(), 1, rngs=rngs), dtype)
 
     params: Params = dict(jax.jit(outer)(outer_key))
     for i, kind in enumerate(config.layer_types):
-        layer = init_layer(config, kind, jax.random.fold_in(layers_key, i))
+        layer = init_layer(config, kind, jax.random.fold_in(layers_key, i), dtype)
         params |= {f"layers.{i}.{name}": value for name, value in layer.items()}
     return params
 
 
-def _flat_state(module: nnx.Module) -> Params:
-    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
+def _flat_state(module: nnx.Module, dtype: str) -> Params:
+    flat = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        name = ".".join(map(str, path))
+        is_float32 = f".{name}".endswith(FLOAT32_NAMES)
+        flat[name] = leaf.get_value().astype("float32" if is_float32 else dtype)
+    return flat

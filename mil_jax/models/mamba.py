@@ -73,9 +73,7 @@ class MambaMixer(SSMMixer):
         if repeats == 1:
             return conv_in
         groups = conv_in.reshape(*conv_in.shape[:2], -1, 1, ssm.d_state)
-        tiled = jnp.broadcast_to(
-            groups, (*groups.shape[:3], repeats, groups.shape[-1])
-        )
+        tiled = jnp.broadcast_to(groups, (*groups.shape[:3], repeats, groups.shape[-1]))
         return tiled.reshape(*conv_in.shape[:2], ssm.d_inner)
 
     def scan_inputs(
@@ -139,9 +137,7 @@ class MambaMixer(SSMMixer):
 
     def _dt_B_C(
         self, u: Float[Array, "B L I"]
-    ) -> tuple[
-        Float[Array, "B L E"], Float[Array, "B L G N"], Float[Array, "B L G N"]
-    ]:
+    ) -> tuple[Float[Array, "B L E"], Float[Array, "B L G N"], Float[Array, "B L G N"]]:
         dt = self.dt_up(self.dt_down(u))
         n = self.config.d_state
         B, C = (

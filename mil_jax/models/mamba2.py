@@ -27,9 +27,7 @@ class Mamba2Mixer(SSMMixer):
         ssm = config.ssm
         d, e, x, h = config.d_model, ssm.d_inner, ssm.d_xb, config.n_heads
 
-        def linear(
-            shape: tuple[int, int], axes: tuple[str, str]
-        ) -> Linear:
+        def linear(shape: tuple[int, int], axes: tuple[str, str]) -> Linear:
             init = uniform_init(shape[0] ** -0.5)
             return Linear(shape, axes, dtype=compute.dtype, rngs=rngs, init=init)
 
@@ -132,9 +130,7 @@ class GatedNorm(nnx.Module):
     """`rmsnorm(y * silu(z)) * scale` with one statistic per head."""
 
     def __init__(self, size: int, group: int, *, rngs: nnx.Rngs):
-        self.scale = make_param(
-            jax.nn.initializers.ones, (size,), ("d_inner",), rngs
-        )
+        self.scale = make_param(jax.nn.initializers.ones, (size,), ("d_inner",), rngs)
         self.group = group
 
     def __call__(

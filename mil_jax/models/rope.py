@@ -48,7 +48,9 @@ def segment_positions(segment_ids: Int[Array, "B L"]) -> Int[Array, "B L"]:
     length = segment_ids.shape[1]
     index = jnp.arange(length, dtype=jnp.int32)[None]
     is_start = jnp.pad(
-        segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True
+        segment_ids[:, 1:] != segment_ids[:, :-1],
+        ((0, 0), (1, 0)),
+        constant_values=True,
     )
     starts = jnp.maximum.accumulate(jnp.where(is_start, index, 0), axis=1)
     return index - starts

@@ -1,0 +1,177 @@
+r"""Times training steps at true shapes with random weights and random tokens.
+
+python -m mil_jax.bench_train --config=configs/llama3_8b_mamba_50.py:stage=distill \
+    --shape=llama3_8b --batch=2 --length=2048 --out=benchmarks/results/train_h200.json
+
+Prints tokens/s (median over steps that rotate among batches), the memory that XLA plans for
+the step (weights, optimizer state, activations) and the time to compile.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from mil_jax import benchmarking, sharding, surgery
+from mil_jax.cli import run_app
+from mil_jax.config import RunConfig, from_config_dict
+from mil_jax.errors import UserError
+from mil_jax.models import decoder
+from mil_jax.models.decoder import Blueprint
+from mil_jax.shapes import SHAPES
+from mil_jax.train import state as state_lib
+from mil_jax.train.step import TrainStep, make_loss_fn, make_train_step
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="As mil_jax.main takes it.", lock_config=True
+)
+_SHAPE = flags.DEFINE_enum("shape", "llama3_8b", sorted(SHAPES), "Teacher's shape.")
+_NAME = flags.DEFINE_string("name", None, "Row's name; default shape, mixer and share.")
+_BATCH = flags.DEFINE_integer("batch", 2, "Rows of a step.")
+_LENGTH = flags.DEFINE_integer("length", 2048, "Tokens of a row.")
+_STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.")
+_OUT = flags.DEFINE_string("out", None, "JSON file that gets the row.")
+
+NUM_BATCHES = 4
+
+
+def main(argv: Sequence[str]) -> None:
+    """Times one config and prints or records its row."""
+    del argv
+    if _CONFIG.value is None:
+        raise UserError("flag --config is missing; see --help")
+    config = from_config_dict(RunConfig, _CONFIG.value.to_dict())
+    row = time_stage(config, _SHAPE.value, _BATCH.value, _LENGTH.value, _STEPS.value)
+    if _NAME.value:
+        row["config"] = _NAME.value
+    print({**row, "device": jax.devices()[0].device_kind})
+    if _OUT.value:
+        key = ("config", "stage", "batch", "length", "devices")
+        benchmarking.record(Path(_OUT.value), row, key)
+
+
+def time_stage(
+    config: RunConfig, shape: str, batch: int, length: int, steps: int
+) -> dict[str, Any]:
+    """Returns the row of one stage.
+
+    Raises:
+        UserError: The stage does not train.
+    """
+    stage = config.stage
+    if stage.name not in ("distill", "sft", "dpo"):
+        raise UserError(f"stage {stage.name} has no training step to time")
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    teacher_config = SHAPES[shape]
+    dtype = config.compute.param_dtype
+    params = decoder.init_params(teacher_config, jax.random.key(0), dtype)
+    teacher = teacher_blueprint = None
+    if stage.kl_weight or stage.name == "dpo":
+        compute = dataclasses.replace(config.compute, remat=False)
+        teacher_blueprint = Blueprint.create(teacher_config, compute)
+        teacher = teacher_blueprint.place(params, mesh)
+    layers = config.conversion.steps[-1]
+    mixer = config.conversion.mixer
+    params, hybrid = surgery.attention_to_mamba(
+        params, teacher_config, layers, mixer=mixer
+    )
+    blueprint = Blueprint.create(hybrid, config.compute)
+    optimizer = state_lib.make_optimizer(stage.optimizer, 1000)
+    state, frozen = state_lib.create(
+        blueprint, params, stage.trainable, optimizer, mesh
+    )
+    del params
+    step_fn = make_train_step(
+        make_loss_fn(stage, blueprint, teacher_blueprint),
+        optimizer,
+        state_lib.make_schedule(stage.optimizer, 1000),
+        mesh=mesh,
+    )
+    batches = [
+        random_batch(mesh, stage.name, batch, length, hybrid.vocab_size, seed)
+        for seed in range(NUM_BATCHES)
+    ]
+    seconds, compile_s, peak = time_steps(
+        step_fn, state, frozen, teacher, batches, steps
+    )
+    share = round(100 * (1 - len(layers) / teacher_config.n_layers))
+    rows = 2 * batch if stage.name == "dpo" else batch
+    return {
+        "config": f"{shape}_{mixer}_{share}",
+        "stage": stage.name,
+        "batch": batch,
+        "length": length,
+        "devices": mesh.size,
+        "implementation": config.compute.implementation or "default",
+        "tok_s": round(rows * length / seconds, 1),
+        "step_s": round(seconds, 4),
+        "peak_gb": round(peak / 1e9, 2),
+        "compile_s": round(compile_s, 1),
+    }
+
+
+def time_steps(
+    step_fn: TrainStep,
+    state: state_lib.TrainState,
+    frozen: state_lib.Weights,
+    teacher: state_lib.Weights | None,
+    batches: Sequence[dict[str, jax.Array]],
+    steps: int,
+) -> tuple[float, float, float]:
+    """Returns the median step's seconds, seconds to compile, and planned bytes."""
+    start = time.perf_counter()
+    compiled = step_fn.lower(state, frozen, teacher, batches[0]).compile()
+    compile_s = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+    times = []
+    for i in range(steps + 2):
+        batch = batches[i % len(batches)]
+        start = time.perf_counter()
+        state, metrics = compiled(state, frozen, teacher, batch)
+        loss = float(metrics["loss"])
+        times.append(time.perf_counter() - start)
+        if not np.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {i}; nothing is recorded")
+    return statistics.median(times[2:]), compile_s, peak
+
+
+def random_batch(
+    mesh: jax.sharding.Mesh,
+    stage: str,
+    batch: int,
+    length: int,
+    vocab_size: int,
+    seed: int,
+) -> dict[str, jax.Array]:
+    """Returns full rows of random tokens of which all but the first quarter count."""
+    rng = np.random.default_rng(seed)
+    placement = sharding.named_sharding(mesh, ("batch", "length"), (batch, length))
+    result = {}
+    for prefix in ("chosen_", "rejected_") if stage == "dpo" else ("",):
+        tokens = rng.integers(0, vocab_size, (batch, length), np.int32)
+        mask = np.broadcast_to(np.arange(length) >= length // 4, tokens.shape)
+        arrays = {
+            "tokens": tokens,
+            "loss_mask": mask,
+            "segment_ids": np.ones_like(tokens),
+        }
+        for name, value in arrays.items():
+            result[prefix + name] = jax.device_put(value, placement)
+    return result
+
+
+if __name__ == "__main__":
+    run_app(main)

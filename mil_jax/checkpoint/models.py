@@ -1,0 +1,32 @@
+"""One way to read a model, whatever format it is stored in."""
+
+from pathlib import Path
+
+from mil_jax.checkpoint import hf_import, orbax_io
+from mil_jax.checkpoint.hf_import import Checkpoint
+
+# The name of the small teacher that ships with the package.
+DEMO_TEACHER = "demo_teacher"
+
+
+def resolve(path_or_id: str | Path) -> str | Path:
+    """Returns the folder behind the name `demo_teacher`, any other name as it is."""
+    if str(path_or_id) == DEMO_TEACHER:
+        return Path(__file__).parents[1] / "assets" / DEMO_TEACHER
+    return path_or_id
+
+
+def load(path_or_id: str | Path) -> Checkpoint:
+    """Returns a model saved by a stage, a Hugging Face folder or hub repository.
+
+    The name `demo_teacher` stands for the teacher that ships with the package.
+
+    Raises:
+        UserError: It cannot be found or read; see `hf_import.load`.
+    """
+    name = resolve(path_or_id)
+    path = Path(name)
+    if path.is_dir() and orbax_io.is_model_dir(path):
+        config, params = orbax_io.load_model(path)
+        return Checkpoint(config, params, path)
+    return hf_import.load(name)

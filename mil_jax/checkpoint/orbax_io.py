@@ -1,0 +1,185 @@
+"""Orbax: the finished model of a stage, and the state of a run. One per-layer layout.
+
+A finished model is a folder:
+
+    weights/            Orbax; one array per tensor and layer, named as in `Params`
+    model_config.json   `ModelConfig`
+    tokenizer files     as in a Hugging Face folder, where known
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mil_jax.array_types import Params
+from mil_jax.config import ModelConfig, model_config_from_dict, model_config_to_dict
+from mil_jax.errors import UserError
+
+CONFIG_FILE = "model_config.json"
+WEIGHTS = "weights"
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+def is_model_dir(path: Path) -> bool:
+    """Returns whether `path` is a folder written by `save_model`."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def save_model(
+    path: Path,
+    config: ModelConfig,
+    params: Params,
+    *,
+    assets_from: Path | None = None,
+) -> None:
+    """Writes a finished model; the folder appears only when it is complete.
+
+    Args:
+        path: New folder.
+        config: The architecture.
+        params: Per-layer weights, on host or devices.
+        assets_from: Folder whose tokenizer files are copied.
+
+    Raises:
+        UserError: `path` exists already.
+    """
+    if path.exists():
+        raise UserError(
+            f"{path} exists; nothing is overwritten: move it or name another"
+        )
+    with _complete_or_absent(path) as partial:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((partial / WEIGHTS).absolute(), dict(params))
+        if jax.process_index() == 0:
+            copy_tokenizer(assets_from, partial)
+            text = json.dumps(model_config_to_dict(config), indent=2)
+            (partial / CONFIG_FILE).write_text(text + "\n")
+
+
+def load_model(path: Path) -> tuple[ModelConfig, Params]:
+    """Reads a finished model into host memory.
+
+    Raises:
+        UserError: The folder is not a complete model.
+    """
+    config = _read_config(path)
+    with ocp.StandardCheckpointer() as checkpointer:
+        with _readable(path / WEIGHTS):
+            metadata = checkpointer.metadata((path / WEIGHTS).absolute())
+            tree = getattr(metadata, "item_metadata", metadata)
+            abstract = {
+                name: np.empty((0,), leaf.dtype).dtype for name, leaf in tree.items()
+            }
+            shapes = {name: leaf.shape for name, leaf in tree.items()}
+            host = jax.sharding.SingleDeviceSharding(
+                jax.local_devices(backend="cpu")[0]
+            )
+            target = {
+                name: jax.ShapeDtypeStruct(shapes[name], dtype, sharding=host)
+                for name, dtype in abstract.items()
+            }
+            params = checkpointer.restore((path / WEIGHTS).absolute(), target)
+    return config, {name: np.asarray(value) for name, value in params.items()}
+
+
+def copy_tokenizer(source: Path | None, target: Path) -> None:
+    """Copies tokenizer files that exist in `source`."""
+    for name in TOKENIZER_FILES:
+        if source is not None and (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+class RunCheckpoints:
+    """Checkpoints of one training run: state and position, the newest two kept."""
+
+    def __init__(self, directory: Path):
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        self._directory = directory
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    def latest_step(self) -> int | None:
+        """Returns the newest complete checkpoint's step; half-written ones are ignored."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
+        """Writes `state` (arrays) and `position` (JSON) in the background."""
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            position=ocp.args.JsonSave(dict(position)),
+        )
+        self._manager.save(step, args=items, force=True)
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """Returns what `save` wrote, with the shardings of `abstract_state`.
+
+        Raises:
+            UserError: The checkpoint is damaged.
+        """
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state),
+            position=ocp.args.JsonRestore(),
+        )
+        with _readable(self._directory / str(step)):
+            restored = self._manager.restore(step, args=items)
+        return restored.state, restored.position
+
+    def close(self) -> None:
+        """Waits for writes in the background."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+@contextlib.contextmanager
+def _complete_or_absent(path: Path) -> Iterator[Path]:
+    """Yields a hidden sibling that becomes `path` if the body succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tag = uuid.uuid4().hex[:8] if jax.process_count() == 1 else "partial"
+    partial = path.parent / f".{path.name}.{tag}"
+    partial.mkdir(exist_ok=True)
+    try:
+        yield partial
+        if jax.process_index() == 0:
+            os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _read_config(path: Path) -> ModelConfig:
+    file = path / CONFIG_FILE
+    try:
+        return model_config_from_dict(json.loads(file.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"{path} holds no {CONFIG_FILE}; it is not a model") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); save it again") from None
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns Orbax's many ways of failing on damaged files into one line."""
+    try:
+        yield
+    except (ValueError, OSError, KeyError, FileNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error) else ""
+        raise UserError(
+            f"checkpoint {path} cannot be read ({type(error).__name__}: {reason}); it is "
+            "damaged or half-written: delete it to go on from the one before"
+        ) from error

@@ -1,0 +1,47 @@
+"""Command line: one stage of one config.
+
+python -m mil_jax.main --config=configs/llama3_8b_mamba_50.py:stage=distill --workdir=...
+"""
+
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from mil_jax.cli import run_app
+from mil_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    help_string="File and arguments, as configs/demo.py:stage=distill.",
+    lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all stages of one run.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Join the processes of a cluster job (jax.distributed)."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the stage."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
+    for name in ("config", "workdir"):
+        if not flags.FLAGS[name].value:
+            raise UserError(f"flag --{name} is missing; see --help")
+    # Imported here, so that --help and a wrong flag answer at once.
+    import jax
+
+    from mil_jax.config import RunConfig, from_config_dict
+    from mil_jax.train.stages import run_stage
+
+    config = from_config_dict(RunConfig, _CONFIG.value.to_dict())
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize()
+    path = run_stage(config, _WORKDIR.value)
+    if jax.process_index() == 0:
+        print(f"{config.stage.name}: {path}")
+
+
+if __name__ == "__main__":
+    run_app(main)

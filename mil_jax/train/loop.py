@@ -1,0 +1,254 @@
+"""The training loop: data in, steps, logs and checkpoints out. The only one."""
+
+import csv
+import dataclasses
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from mil_jax import sharding
+from mil_jax.checkpoint.orbax_io import RunCheckpoints
+from mil_jax.errors import UserError
+from mil_jax.models.decoder import Blueprint
+from mil_jax.train import state as state_lib
+from mil_jax.train.state import TrainState, Weights
+from mil_jax.train.step import TrainStep
+
+log = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.csv"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What a run of steps needs besides its state.
+
+    Attributes:
+        name: For the progress bar and messages.
+        folder: Gets metrics.csv, TensorBoard events and checkpoints/.
+        blueprint: The trained model's.
+        step_fn: From `make_train_step`.
+        dataset: Batch i is used by step i, so that position and step are one number.
+        num_steps: Where to stop.
+        checkpoint_every: Steps between checkpoints; the last step always writes one.
+        mesh: Devices.
+    """
+
+    name: str
+    folder: Path
+    blueprint: Blueprint
+    step_fn: TrainStep
+    dataset: grain.MapDataset
+    num_steps: int
+    checkpoint_every: int
+    mesh: Mesh
+
+    def run(
+        self, state: TrainState, frozen: Weights, teacher: Weights | None
+    ) -> TrainState:
+        """Trains to `num_steps`, from the newest checkpoint if there is one.
+
+        Raises:
+            UserError: The loss or a gradient is not finite; names step and batch. Nothing
+                after the last finite step is saved.
+            SystemExit: SIGTERM came; a checkpoint was written first.
+        """
+        checkpoints = RunCheckpoints(self.folder / CHECKPOINTS)
+        try:
+            state, start = self._resume(checkpoints, state)
+            with (
+                _Logs(self.folder, start) as logs,
+                self._progress(start) as bar,
+                _Interrupt() as interrupt,
+            ):
+                return self._steps(
+                    state, frozen, teacher, start, checkpoints, logs, bar, interrupt
+                )
+        finally:
+            checkpoints.close()
+
+    def _steps(
+        self,
+        state: TrainState,
+        frozen: Weights,
+        teacher: Weights | None,
+        start: int,
+        checkpoints: RunCheckpoints,
+        logs: "_Logs",
+        bar: tqdm,
+        interrupt: "_Interrupt",
+    ) -> TrainState:
+        # Metrics are read one step late, so that the device never waits for the host.
+        waiting: tuple[int, Mapping[str, jax.Array], int] | None = None
+        last_saved = start
+        for step, batch in enumerate(self._batches(start), start):
+            size = sum(v.size for name, v in batch.items() if name.endswith("tokens"))
+            state, metrics = self.step_fn(state, frozen, teacher, batch)
+            if waiting:
+                self._report(*waiting, logs, bar)
+            waiting = (step, metrics, size)
+            done = step + 1
+            is_due = done % self.checkpoint_every == 0 or done == self.num_steps
+            if is_due or interrupt.requested:
+                self._report(*waiting, logs, bar)
+                waiting = None
+                on_disk = state_lib.to_disk(self.blueprint, state)
+                checkpoints.save(done, on_disk, {"step": done})
+                last_saved = done
+            if interrupt.requested:
+                checkpoints.close()
+                raise SystemExit(
+                    f"stopped by signal after step {last_saved} of {self.name}; the same "
+                    "command goes on from there"
+                )
+        return state
+
+    def _resume(
+        self, checkpoints: RunCheckpoints, state: TrainState
+    ) -> tuple[TrainState, int]:
+        step = checkpoints.latest_step()
+        if step is None:
+            return state, 0
+        abstract = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
+            state_lib.to_disk(self.blueprint, state),
+        )
+        on_disk, position = checkpoints.restore(step, abstract)
+        log.info("%s: continuing after step %d", self.name, step)
+        return state_lib.from_disk(self.blueprint, on_disk, state), position["step"]
+
+    def _batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
+        """Yields batches from step `start` on, read ahead by threads, on the devices."""
+        if start >= self.num_steps:
+            return
+        ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+        for batch in self.dataset[start : self.num_steps].to_iter_dataset(ahead):
+            yield {name: self._place(value) for name, value in batch.items()}
+
+    def _place(self, value: np.ndarray) -> jax.Array:
+        shape = (value.shape[0] * jax.process_count(), *value.shape[1:])
+        placement = sharding.named_sharding(self.mesh, ("batch", "length"), shape)
+        return jax.make_array_from_process_local_data(placement, value, shape)
+
+    def _report(
+        self,
+        step: int,
+        metrics: Mapping[str, jax.Array],
+        size: int,
+        logs: "_Logs",
+        bar: tqdm,
+    ) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{self.name}: {name} is {value} at step {step} (batch {step} of the "
+                    f"data); checkpoints before it are kept in {self.folder / CHECKPOINTS}"
+                    ": lower optimizer.lr or look at that batch"
+                )
+        rate = logs.write(step, values, size)
+        bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:,.0f} tok/s")
+        bar.update()
+
+    def _progress(self, start: int) -> tqdm:
+        return tqdm(
+            total=self.num_steps,
+            initial=start,
+            desc=self.name,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if jax.process_index() == 0 else True,
+        )
+
+
+class _Logs:
+    """Every scalar of every step: metrics.csv and TensorBoard events."""
+
+    def __init__(self, folder: Path, start: int):
+        self._path = folder / METRICS_FILE
+        self._start = start
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        self._file: Any = None
+        self._writer: csv.DictWriter | None = None
+        self._clock = time.perf_counter()
+
+    def __enter__(self) -> "_Logs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._board.close()
+        if self._file:
+            self._file.close()
+
+    def write(self, step: int, values: Mapping[str, float], tokens: int) -> float:
+        """Writes one step; returns its tokens per second, padding included."""
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        row = {"step": step, **values, "tok_s": tokens / seconds, "seconds": seconds}
+        if self._writer is None:
+            self._open(list(row))
+        self._writer.writerow(row)
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name, value, step)
+        return tokens / seconds
+
+    def _open(self, columns: list[str]) -> None:
+        """Opens the file; rows that a resumed run will write again are dropped."""
+        kept = read_metrics(self._path) if self._path.exists() else []
+        self._file = self._path.open("w", newline="")
+        self._writer = csv.DictWriter(self._file, columns, restval="")
+        self._writer.writeheader()
+        for row in kept:
+            if row["step"] < self._start:
+                self._writer.writerow(row)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Returns the rows of a metrics.csv; a last row cut by a kill is dropped."""
+    with path.open(newline="") as file:
+        rows = []
+        for row in csv.DictReader(file):
+            try:
+                values = {name: float(value) for name, value in row.items()}
+            except (TypeError, ValueError):
+                break
+            rows.append(values | {"step": int(values["step"])})
+        return rows
+
+
+class _Interrupt:
+    """Turns SIGTERM (a cluster's preemption) into a request to stop after a checkpoint."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: Any = None
+
+    def __enter__(self) -> "_Interrupt":
+        try:
+            self._before = signal.signal(signal.SIGTERM, self._request)
+        except ValueError:  # Not the main thread: the caller keeps its own handling.
+            self._before = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _request(self, signum: int, frame: FrameType | None) -> None:
+        del signum, frame
+        self.requested = True

@@ -1,0 +1,413 @@
+"""The stages: each is data over one step, one loop and one generator.
+
+pretrain                 a new model, cross-entropy
+pseudo_labels            the teacher answers prompts
+distill   (stage 1)      attention -> Mamba, then CE + KL on the teacher's answers (Eq. 2)
+sft       (stage 2)      all weights, conversations
+dpo       (stage 3)      preferences against the teacher (Eq. 4)
+draft                    layers of the teacher, fine-tuned to speculate for the student
+export, evaluate         of the newest model
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import grain
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from mil_jax import evaluate as evaluation
+from mil_jax import sharding, surgery
+from mil_jax.array_types import Params
+from mil_jax.checkpoint import hf_export, models, orbax_io
+from mil_jax.checkpoint.hf_import import Checkpoint
+from mil_jax.config import ModelConfig, RunConfig
+from mil_jax.data import pipeline, pseudo_labels, sources
+from mil_jax.data.chat import (
+    Example,
+    Pair,
+    Tokenizer,
+    encode_chat,
+    encode_pair,
+    load_tokenizer,
+)
+from mil_jax.data.records import RecordSource, RecordWriter
+from mil_jax.errors import UserError
+from mil_jax.generate.sampler import Sampling
+from mil_jax.models import decoder
+from mil_jax.models.decoder import Blueprint, HybridLM
+from mil_jax.train import state as state_lib
+from mil_jax.train.loop import Loop
+from mil_jax.train.step import make_loss_fn, make_train_step
+from mil_jax.train.workdir import Workdir
+
+log = logging.getLogger(__name__)
+
+DATA = "data"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A config, where it works and on which devices."""
+
+    config: RunConfig
+    workdir: Workdir
+    mesh: Mesh
+
+
+def run_stage(config: RunConfig, workdir: str | Path) -> Path:
+    """Runs the stage that `config` names; a finished one is left as it is.
+
+    A stage that was stopped goes on from its newest checkpoint or shard.
+
+    Args:
+        config: From `configs/*.py`.
+        workdir: Folder of all stages of one conversion.
+
+    Returns:
+        The folder of what the stage made.
+
+    Raises:
+        UserError: The config or its inputs are wrong, or the folder belongs to another one.
+    """
+    mesh = config.mesh
+    run = Run(
+        config,
+        Workdir(Path(workdir)),
+        sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor),
+    )
+    return STAGES[config.stage.name](run)
+
+
+def _pretrain(run: Run) -> Path:
+    """Trains `architecture` from a random start."""
+    architecture = run.config.architecture
+    if architecture is None:
+        raise UserError("stage pretrain needs `architecture` in the config")
+    if not run.config.tokenizer:
+        raise UserError(
+            "stage pretrain needs `tokenizer` in the config: a folder or id"
+        )
+    folder = run.workdir.claim("pretrain", run.config)
+    tokenizer = load_tokenizer(models.resolve(run.config.tokenizer))
+    if len(tokenizer) > architecture.vocab_size:
+        raise UserError(
+            f"architecture.vocab_size is {architecture.vocab_size}; the tokenizer has "
+            f"{len(tokenizer)} tokens"
+        )
+    params = decoder.init_params(architecture, jax.random.key(run.config.seed))
+    source = Checkpoint(
+        architecture, params, Path(models.resolve(run.config.tokenizer))
+    )
+    data = _conversations(run, folder, tokenizer)
+    return _train(run, "pretrain", folder, source, data, tokenizer)
+
+
+def _pseudo_labels(run: Run) -> Path:
+    """Writes the teacher's answers to `data.prompts`."""
+    if jax.process_count() > 1:
+        raise UserError(
+            "pseudo_labels runs in one process; start one job per node, each with its own "
+            "slice of data.prompts and its own --workdir"
+        )
+    config, stage = run.config, run.config.stage
+    folder = run.workdir.claim("pseudo_labels", config)
+    teacher = models.load(config.teacher)
+    tokenizer = _tokenizer(run, teacher)
+    prompts = sources.prompts(_wanted(config.data.prompts, "prompts", "pseudo_labels"))
+    sampling = Sampling(stage.temperature, stage.top_k, stage.top_p)
+    pseudo_labels.write(
+        _for_generation(run, teacher),
+        tokenizer,
+        prompts,
+        folder / DATA,
+        fingerprint=json.dumps(
+            [config.teacher, config.data.prompts, stage.max_new_tokens, stage.length]
+            + [*dataclasses.astuple(sampling), config.seed]
+        ),
+        batch_size=stage.batch_size,
+        max_new_tokens=stage.max_new_tokens,
+        max_length=stage.length,
+        sampling=sampling,
+        seed=config.seed,
+    )
+    return folder / DATA
+
+
+def _distill(run: Run) -> Path:
+    """Converts and trains step by step; every step starts from the last one's model."""
+    config = run.config
+    run.workdir.claim("distill", config)
+    labels = run.workdir.stage("pseudo_labels") / DATA
+    if not labels.is_dir():
+        raise UserError(
+            f"stage distill trains on {labels}, which is not there: run "
+            "stage=pseudo_labels first"
+        )
+    if not config.conversion.steps:
+        raise UserError("conversion.steps is empty; name the layers to convert")
+    data = RecordSource(labels)
+    start = models.load(config.stage.start_from or config.teacher)
+    tokenizer = _tokenizer(run, start)
+    last = len(config.conversion.steps) - 1
+    for i, layers in enumerate(config.conversion.steps):
+        params, hybrid = _convert(run, start, layers)
+        student = Checkpoint(hybrid, params, start.source)
+        name = "distill" if i == last else f"distill/step_{i}"
+        path = run.workdir.stage(name)
+        path = _train(run, name, path, student, data, tokenizer)
+        start = models.load(path) if i < last else start
+    return path
+
+
+def _convert(
+    run: Run, start: Checkpoint, layers: Sequence[int]
+) -> tuple[Params, ModelConfig]:
+    conversion = run.config.conversion
+    return surgery.attention_to_mamba(
+        start.params,
+        start.config,
+        layers,
+        mixer=conversion.mixer,
+        init_from=conversion.init_from,
+        channel_order=conversion.channel_order,
+        dt_init=conversion.dt_init,
+        d_state=conversion.d_state,
+        seed=run.config.seed,
+    )
+
+
+def _sft(run: Run) -> Path:
+    """Fine-tunes on conversations, with or without a teacher."""
+    folder = run.workdir.claim("sft", run.config)
+    start = models.load(run.workdir.start_of("sft", run.config.stage.start_from))
+    tokenizer = _tokenizer(run, start)
+    data = _conversations(run, folder, tokenizer)
+    return _train(run, "sft", folder, start, data, tokenizer)
+
+
+def _dpo(run: Run) -> Path:
+    """Trains on preference pairs against the reference model."""
+    folder = run.workdir.claim("dpo", run.config)
+    start = models.load(run.workdir.start_of("dpo", run.config.stage.start_from))
+    tokenizer = _tokenizer(run, start)
+    spec = _wanted(run.config.data.preferences, "preferences", "dpo")
+    pairs = sources.preference_pairs(spec)
+
+    def encode(i: int) -> Pair:
+        return encode_pair(tokenizer, *pairs[i])
+
+    data = _records(
+        run, folder, spec, "pair", map(encode, range(len(pairs))), len(pairs)
+    )
+    return _train(run, "dpo", folder, start, data, tokenizer)
+
+
+def _draft(run: Run) -> Path:
+    """Keeps some of the teacher's layers and fine-tunes them ("shrink and fine-tune")."""
+    config = run.config
+    folder = run.workdir.claim("draft", config)
+    teacher = models.load(config.stage.start_from or config.teacher)
+    tokenizer = _tokenizer(run, teacher)
+    params, shrunk = surgery.keep_layers(
+        teacher.params, teacher.config, config.stage.draft_layers
+    )
+    start = Checkpoint(shrunk, params, teacher.source)
+    data = _conversations(run, folder, tokenizer)
+    return _train(run, "draft", folder, start, data, tokenizer)
+
+
+def _export(run: Run) -> Path:
+    """Writes the newest model as a Hugging Face folder."""
+    model = models.load(run.config.stage.start_from or run.workdir.newest())
+    path = run.workdir.stage("export")
+    hf_export.save(path, model.config, model.params, assets_from=model.source)
+    log.info("exported %s to %s", model.source, path)
+    return path
+
+
+def _evaluate(run: Run) -> Path:
+    """Scores the newest model on `data.evaluation`."""
+    config = run.config
+    path = config.stage.start_from or run.workdir.newest()
+    model = models.load(path)
+    tokenizer = _tokenizer(run, model)
+    spec = _wanted(config.data.evaluation, "evaluation", "evaluate")
+    scores = evaluation.evaluate(
+        _for_generation(run, model),
+        tokenizer,
+        sources.conversations(spec),
+        max_new_tokens=config.stage.max_new_tokens,
+        batch_size=config.stage.batch_size,
+    )
+    folder = run.workdir.stage("evaluate")
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {"model": str(path), "data": spec, **dataclasses.asdict(scores)}
+    (folder / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
+    log.info("%s", result)
+    return folder
+
+
+STAGES: dict[str, Callable[[Run], Path]] = {
+    "pretrain": _pretrain,
+    "pseudo_labels": _pseudo_labels,
+    "distill": _distill,
+    "sft": _sft,
+    "dpo": _dpo,
+    "draft": _draft,
+    "export": _export,
+    "evaluate": _evaluate,
+}
+
+
+def _train(
+    run: Run,
+    name: str,
+    folder: Path,
+    start: Checkpoint,
+    data: RecordSource,
+    tokenizer: Tokenizer,
+) -> Path:
+    """Trains `start` as the stage says and saves the result; returns its folder."""
+    path = run.workdir.model(name)
+    if orbax_io.is_model_dir(path):
+        log.info("%s is finished: %s", name, path)
+        return path
+    stage = run.config.stage
+    dataset = _dataset(run, data, tokenizer)
+    num_steps = min(len(dataset), stage.max_steps or len(dataset))
+    blueprint = Blueprint.create(start.config, run.config.compute)
+    teacher_blueprint, teacher = _teacher(run, start)
+    optimizer = state_lib.make_optimizer(stage.optimizer, num_steps)
+    state, frozen = state_lib.create(
+        blueprint, start.params, stage.trainable, optimizer, run.mesh
+    )
+    if not state.trainable:
+        raise UserError(
+            f"stage.trainable is {stage.trainable!r}, but the model has no such weights"
+        )
+    step_fn = make_train_step(
+        make_loss_fn(stage, blueprint, teacher_blueprint),
+        optimizer,
+        state_lib.make_schedule(stage.optimizer, num_steps),
+        loss_on=stage.loss_on,
+        accumulate=stage.accumulate,
+        mesh=run.mesh,
+    )
+    loop = Loop(
+        name=name,
+        folder=folder,
+        blueprint=blueprint,
+        step_fn=step_fn,
+        dataset=dataset,
+        num_steps=num_steps,
+        checkpoint_every=stage.checkpoint_every,
+        mesh=run.mesh,
+    )
+    state = loop.run(state, frozen, teacher)
+    weights = {
+        key: value.astype(blueprint.storage_dtype(key))
+        for key, value in (frozen | state.trainable).items()
+    }
+    orbax_io.save_model(
+        path, start.config, blueprint.unstack(weights), assets_from=start.source
+    )
+    return path
+
+
+def _teacher(
+    run: Run, start: Checkpoint
+) -> tuple[Blueprint | None, state_lib.Weights | None]:
+    """Returns the model of the KL term or DPO's reference, where the stage has one."""
+    stage = run.config.stage
+    if stage.name == "dpo" and stage.reference == "start":
+        teacher = start
+    elif stage.name == "dpo" or stage.kl_weight:
+        teacher = models.load(run.config.teacher)
+    else:
+        return None, None
+    if teacher.config.vocab_size != start.config.vocab_size:
+        raise UserError(
+            f"the teacher has {teacher.config.vocab_size} tokens and the student "
+            f"{start.config.vocab_size}; both must use the same vocabulary"
+        )
+    compute = dataclasses.replace(run.config.compute, remat=False)
+    blueprint = Blueprint.create(teacher.config, compute)
+    return blueprint, blueprint.place(teacher.params, run.mesh)
+
+
+def _tokenizer(run: Run, model: Checkpoint) -> Tokenizer:
+    """Returns the configured tokenizer, else the one that lies with the model."""
+    name = run.config.tokenizer
+    return load_tokenizer(models.resolve(name) if name else model.source)
+
+
+def _for_generation(run: Run, model: Checkpoint) -> HybridLM:
+    compute = dataclasses.replace(run.config.compute, scan_layers=False, remat=False)
+    return decoder.build(model.config, model.params, compute, run.mesh)
+
+
+def _dataset(run: Run, data: RecordSource, tokenizer: Tokenizer) -> grain.MapDataset:
+    stage = run.config.stage
+    pad = tokenizer.pad_token_id
+    common = {
+        "batch_size": stage.batch_size,
+        "length": stage.length,
+        "seed": run.config.seed,
+        "num_epochs": stage.epochs,
+        "pad_id": pad if pad is not None else tokenizer.eos_token_id,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    if stage.name == "dpo":
+        return pipeline.pair_batches(
+            data, max_prompt_length=stage.max_prompt_length, **common
+        )
+    return pipeline.batches(data, packed=stage.packed, **common)
+
+
+def _conversations(run: Run, folder: Path, tokenizer: Tokenizer) -> RecordSource:
+    spec = _wanted(
+        run.config.data.conversations, "conversations", run.config.stage.name
+    )
+    chats = sources.conversations(spec)
+
+    def encode(i: int) -> Example:
+        return encode_chat(tokenizer, chats[i])
+
+    encoded = map(encode, range(len(chats)))
+    return _records(run, folder, spec, "example", encoded, len(chats))
+
+
+def _records(
+    run: Run,
+    folder: Path,
+    spec: str,
+    kind: str,
+    encoded: Iterable[Example | Pair],
+    total: int,
+) -> RecordSource:
+    """Tokenises a stage's data once; a later start of the stage reads it from disk."""
+    directory = folder / DATA
+    if jax.process_index() == 0:
+        fingerprint = json.dumps([spec, run.config.tokenizer or run.config.teacher])
+        with RecordWriter(directory, fingerprint=fingerprint, kind=kind) as writer:
+            if not writer.is_complete:
+                skip = writer.num_written
+                for i, record in enumerate(tqdm(encoded, "tokenize", total)):
+                    if i >= skip:
+                        writer.write(record)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"tokenize {directory}")
+    return RecordSource(directory)
+
+
+def _wanted(spec: str, key: str, stage: str) -> str:
+    if not spec:
+        raise UserError(f"stage {stage} needs data.{key} in the config")
+    return spec

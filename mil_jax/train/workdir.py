@@ -1,0 +1,133 @@
+"""A run's folder: which config it belongs to, and where stages find each other's models."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from mil_jax.checkpoint import orbax_io
+from mil_jax.config import RunConfig
+from mil_jax.errors import UserError
+
+CONFIG_FILE = "config.json"
+
+# May differ between a run and its continuation: none changes what is computed.
+_FREE = {
+    ("mesh",),
+    ("compute", "implementation"),
+    ("compute", "attention"),
+    ("compute", "remat"),
+    ("compute", "scan_layers"),
+    ("stage", "checkpoint_every"),
+    ("stage", "loss_chunk"),
+}
+
+# What a stage continues by default.
+PREVIOUS = {"sft": "distill", "dpo": "sft"}
+# The order in which export and evaluate look for the newest model.
+NEWEST_FIRST = ("dpo", "sft", "distill", "pretrain")
+
+
+class Workdir:
+    """Folders of one workdir: `<stage>/`, and in it `model/` once the stage is done."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def stage(self, name: str) -> Path:
+        """Returns the folder of a stage."""
+        return self.path / name
+
+    def model(self, name: str) -> Path:
+        """Returns the folder of a stage's finished model."""
+        return self.stage(name) / "model"
+
+    def claim(self, name: str, config: RunConfig) -> Path:
+        """Returns the stage's folder after checking that it belongs to `config`.
+
+        Raises:
+            UserError: The folder holds work of another config.
+        """
+        folder = self.stage(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / CONFIG_FILE
+        wanted = _binding(dataclasses.asdict(config))
+        wanted = json.loads(json.dumps(wanted))
+        if not file.exists():
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(wanted, indent=2) + "\n")
+            partial.replace(file)
+            return folder
+        try:
+            found = json.loads(file.read_text())
+        except json.JSONDecodeError:
+            raise UserError(
+                f"{file} is damaged; delete the folder {folder} to start the stage again"
+            ) from None
+        if difference := _first_difference(found, wanted):
+            key, old, new = difference
+            raise UserError(
+                f"{folder} holds work of another config: {key} was {old!r}, now {new!r}; "
+                "choose another --workdir, or delete that folder to start over"
+            )
+        return folder
+
+    def start_of(self, name: str, override: str) -> str:
+        """Returns the folder or id of the model that a stage starts from.
+
+        Raises:
+            UserError: The stage before has not finished.
+        """
+        if override:
+            return override
+        before = PREVIOUS[name]
+        found = self.newest_step(before)
+        if found is None:
+            raise UserError(
+                f"stage {name} continues stage {before}, which has not finished in "
+                f"{self.path}: run stage={before} first, or set stage.start_from"
+            )
+        return str(found)
+
+    def newest_step(self, name: str) -> Path | None:
+        """Returns a stage's finished model; of distill, that of its last step."""
+        path = self.model(name)
+        return path if orbax_io.is_model_dir(path) else None
+
+    def newest(self) -> Path:
+        """Returns the model of the latest finished stage.
+
+        Raises:
+            UserError: No stage has finished.
+        """
+        for name in NEWEST_FIRST:
+            if found := self.newest_step(name):
+                return found
+        raise UserError(
+            f"{self.path} holds no finished model; run a stage first or set "
+            "stage.start_from"
+        )
+
+
+def _binding(values: Any, path: tuple[str, ...] = ()) -> Any:
+    """Returns the config without the keys that may change between runs."""
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: _binding(value, (*path, key))
+        for key, value in values.items()
+        if (*path, key) not in _FREE
+    }
+
+
+def _first_difference(
+    old: Any, new: Any, path: str = ""
+) -> tuple[str, Any, Any] | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            dotted = f"{path}.{key}" if path else key
+            found = _first_difference(old.get(key), new.get(key), dotted)
+            if found:
+                return found
+        return None
+    return None if old == new else (path, old, new)
