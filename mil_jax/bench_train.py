@@ -109,7 +109,7 @@ def time_stage(
         "batch": batch,
         "length": length,
         "devices": mesh.size,
-        "implementation": config.compute.implementation or "default",
+        "implementation": config.compute.implementation,
         "tok_s": round(rows * length / seconds, 1),
         "step_s": round(seconds, 4),
         "peak_gb": round(peak / 1e9, 2),

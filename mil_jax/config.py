@@ -210,8 +210,8 @@ class ComputeConfig:
         dtype: Matrix products and activations. SSM state, decay, norms' statistics, softmax
             and logits are float32 whatever it is.
         param_dtype: Storage of weights that are not trained in float32 by a stage.
-        implementation: Of the state-space kernels; None takes the fastest that runs here.
-        attention: "xla" or "cudnn"; None takes cuDNN on a GPU in bfloat16, else XLA.
+        implementation: Of the state-space kernels; "auto" takes the fastest that runs here.
+        attention: "auto" takes cuDNN on a GPU in bfloat16, else XLA.
         remat: Recompute each layer in the backward pass instead of storing its activations.
         scan_layers: Scan over periods of equal layers (short compile times, for training);
             False unrolls them (fast decoding).
@@ -219,10 +219,15 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    implementation: str | None = None
-    attention: Literal["xla", "cudnn"] | None = None
+    implementation: str = "auto"
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
     remat: bool = False
     scan_layers: bool = True
+
+    @property
+    def kernel(self) -> str | None:
+        """The implementation as `pallas_kernels` takes it: a name, or None for auto."""
+        return None if self.implementation == "auto" else self.implementation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mil_jax.models.layers import Linear, RMSNorm
 
 def default_attention(compute: ComputeConfig) -> str:
     """Returns the attention implementation that `compute` asks for or this host prefers."""
-    if compute.attention is not None:
+    if compute.attention != "auto":
         return compute.attention
     on_gpu = jax.default_backend() == "gpu"
     return "cudnn" if on_gpu and compute.dtype == "bfloat16" else "xla"

@@ -57,7 +57,7 @@ class MambaMixer(SSMMixer):
         self.A_log = make_param(_A_log_init, (e, n), ("d_inner", "d_state"), rngs)
         self.D = make_param(jax.nn.initializers.ones, (e,), ("d_inner",), rngs)
         self.config = ssm
-        self.implementation = compute.implementation
+        self.implementation = compute.kernel
 
     def project(self, u: Float[Array, "B L D"]) -> Projected:
         """Returns x, z and, in a hybrid, dt, B and C."""

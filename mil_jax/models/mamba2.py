@@ -49,7 +49,7 @@ class Mamba2Mixer(SSMMixer):
         self.norm = GatedNorm(e, e // h, rngs=rngs)
         self.config = ssm
         self.n_heads, self.n_kv_heads = h, config.n_kv_heads
-        self.implementation = compute.implementation
+        self.implementation = compute.kernel
 
     def project(self, u: Float[Array, "B L D"]) -> Projected:
         """Returns [x, B, C] for the convolution, the gate and dt."""

@@ -170,7 +170,7 @@ class Loop:
             desc=self.name,
             unit="step",
             dynamic_ncols=True,
-            disable=None if jax.process_index() == 0 else True,
+            disable=jax.process_index() != 0,
         )
 
 

@@ -1,0 +1,1 @@
+"""Reading and writing of models: released formats and training checkpoints."""

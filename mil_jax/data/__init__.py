@@ -1,0 +1,1 @@
+"""Chats, tokenisation, records on disk and batches."""

@@ -1,0 +1,70 @@
+"""Causal depthwise convolution: validation and choice of implementation."""
+
+from typing import Literal
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import checks, dispatch
+from pallas_kernels.causal_conv import reference, xla
+
+IMPLEMENTATIONS = {"xla": xla.causal_conv, "reference": reference.causal_conv}
+
+
+def causal_conv(
+    x: Float[Array, "B L C"],
+    kernel: Float[Array, "W C"],
+    bias: Float[Array, " C"] | None = None,
+    *,
+    initial_window: Float[Array, "B W-1 C"] | None = None,
+    segment_ids: Int[Array, "B L"] | None = None,
+    activation: Literal["silu"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B L C"]:
+    """Returns each channel convolved with its own W taps over the present and the past.
+
+        y_t[c] = act(bias[c] + sum_{w < W} kernel[w, c] x_{t - (W - 1) + w}[c])
+
+    Source: the short convolution before the scan, Mamba (2312.00752) Sec. 3.4, Fig. 3.
+    Sums are float32 whatever the input dtype.
+
+    Args:
+      x: Inputs, any float dtype.
+      kernel: Taps; `kernel[W - 1]` multiplies the current token.
+      bias: Added before the activation.
+      initial_window: The W - 1 inputs before the first token, the latest one last; they
+        belong to the first token's segment. Zeros if None.
+      segment_ids: Taps that reach into another segment count as zero.
+      activation: "silu" or None.
+      implementation: None for the fastest that runs here; a name for that one or an
+        error.
+
+    Returns:
+      y in x.dtype.
+
+    Raises:
+      ValueError: A shape disagrees, or the activation or the implementation is unknown.
+      NotImplementedError: The named implementation does not run here.
+    """
+    op = "causal_conv"
+    checks.check_rank(op, "x", x, "B L C")
+    checks.check_rank(op, "kernel", kernel, "W C")
+    batch, length, channels = x.shape
+    width = kernel.shape[0]
+    window = (batch, width - 1, channels)
+    checks.check_shape(op, "kernel", kernel, "W C", (width, channels))
+    checks.check_shape(op, "bias", bias, "C", (channels,))
+    checks.check_shape(op, "initial_window", initial_window, "B W-1 C", window)
+    checks.check_shape(op, "segment_ids", segment_ids, "B L", (batch, length))
+    if activation not in (None, "silu"):
+        raise ValueError(f"{op}: activation is {activation!r}, expected 'silu' or None")
+    return dispatch.run(
+        op,
+        IMPLEMENTATIONS,
+        implementation,
+        x,
+        kernel,
+        bias,
+        initial_window=initial_window,
+        segment_ids=segment_ids,
+        activation=activation,
+    )
