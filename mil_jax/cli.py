@@ -1,13 +1,19 @@
-"""What all commands share: logging and one-line errors."""
+"""What all commands share: flags, logging and one-line errors."""
 
+import importlib.util
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
 
-from absl import app
+from absl import app, flags
 from absl import logging as absl_logging
+from tqdm import tqdm
 
+from mil_jax.config import RunConfig, from_config_dict
 from mil_jax.errors import UserError
 
 
@@ -15,19 +21,117 @@ def run_app(entry: Callable[[Sequence[str]], None]) -> None:
     """Runs `entry` under absl; user errors become one line and exit status 2."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        app.run(lambda argv: (_set_up_logging(), entry(argv))[-1])
+        app.run(
+            lambda argv: (_set_up_logging(), entry(argv))[-1], flags_parser=_parse_flags
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def read_config(flag: flags.FlagHolder) -> RunConfig:
+    """Returns the config of a `config_flags` flag, checked and frozen.
+
+    Raises:
+        UserError: The flag is missing, its file cannot be read, or a key is wrong.
+    """
+    if flag.value is None:
+        raise UserError(f"flag --{flag.name} is missing; see --help")
+    try:
+        values = flag.value.to_dict()
+    except OSError as error:  # Raised at the first use, not while flags are parsed.
+        raise _no_config_file(error) from None
+    return from_config_dict(RunConfig, values)
+
+
+def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
+    """Parses flags; what `ml_collections` says in pages becomes one line."""
+    try:
+        return flags.FLAGS(argv)
+    except UserError:
+        raise
+    except flags.Error as error:
+        raise _flag_error(error) from None
+    except (AttributeError, KeyError) as error:
+        raise _unknown_key(error, argv) from None
+    except ValueError as error:
+        raise UserError(f"{' '.join(str(error).split())}; see --help") from None
+    except ImportError as error:
+        raise UserError(
+            f"the config file needs a module that is not there ({error}); run from the "
+            "folder that holds configs/"
+        ) from None
+    except OSError as error:
+        raise _no_config_file(error) from None
+
+
+def _flag_error(error: flags.Error) -> Exception:
+    first, *rest = str(error).strip().splitlines()
+    if not rest:
+        return UserError(f"{first}; see --help")
+    _, is_user_error, message = rest[-1].partition(f"{UserError.__name__}: ")
+    if not is_user_error:
+        return error  # A slip in the config file: its traceback shows where.
+    return UserError(message)
+
+
+def _unknown_key(error: Exception, argv: Sequence[str]) -> UserError:
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = error.args[0]
+    found = re.search(r"'(\w+)'", text)
+    key = found[1] if found else text
+    names = [arg.partition("=")[0] for arg in argv]
+    named = [name for name in names if key in name.lstrip("-").split(".")[1:]]
+    hint = re.search(r"Did you mean \W*(\w+)", text)
+    remedy = (
+        f"did you mean {hint[1]!r}?"
+        if hint
+        else "RunConfig in mil_jax/config.py lists all"
+    )
+    return UserError(
+        f"unknown config key {key!r} in {named[0] if named else key}; {remedy}"
+    )
+
+
+def _no_config_file(error: OSError) -> UserError:
+    found = re.search(r"\[Errno \d+\] (.*)", str(error))
+    reason = found[1] if found else str(error).splitlines()[0]
+    return UserError(
+        f"the file of --config cannot be read ({reason}); give a path such as "
+        "configs/demo.py:stage=distill"
+    )
+
+
+class _AboveProgressBar(logging.Handler):
+    """Writes messages without tearing a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one message."""
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def _set_up_logging() -> None:
     """Shows this project's messages bare, and of libraries only warnings."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     for name in ("mil_jax", "pallas_kernels"):
-        handler = logging.StreamHandler()
+        handler = _AboveProgressBar()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+def load_config_module(path: Path) -> ModuleType:
+    """Imports a config file, for commands that need several of its stages.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    if not path.is_file():
+        raise UserError(f"config {path} does not exist; run from the repository's root")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -305,6 +305,18 @@ StageName = Literal[
 ]
 
 
+_POSITIVE = (
+    "batch_size",
+    "accumulate",
+    "length",
+    "max_prompt_length",
+    "epochs",
+    "max_new_tokens",
+    "loss_chunk",
+    "checkpoint_every",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
     """One stage as data. Fields that a kind of stage does not use are left at defaults.
@@ -362,6 +374,18 @@ class StageConfig:
     loss_chunk: int = 512
     checkpoint_every: int = 500
 
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"stage.{name} is {getattr(self, name)}; it must be at least 1"
+                )
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"stage.accumulate ({self.accumulate}) does not divide stage.batch_size "
+                f"({self.batch_size})"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -406,11 +430,6 @@ class RunConfig:
                     f"conversion.steps[{i + 1}] must hold all layers of step {i}; "
                     f"missing {sorted(set(earlier) - set(later))}"
                 )
-        if self.stage.batch_size % self.stage.accumulate:
-            raise UserError(
-                f"stage.accumulate ({self.stage.accumulate}) does not divide "
-                f"stage.batch_size ({self.stage.batch_size})"
-            )
 
 
 def parse_arg(arg: str | None, **defaults: str | bool) -> dict[str, str | bool]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from mil_jax.cli import run_app
+from mil_jax import cli
 from mil_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -26,16 +26,14 @@ def main(argv: Sequence[str]) -> None:
     """Runs the stage."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
-    for name in ("config", "workdir"):
-        if not flags.FLAGS[name].value:
-            raise UserError(f"flag --{name} is missing; see --help")
+    config = cli.read_config(_CONFIG)
+    if not _WORKDIR.value:
+        raise UserError("flag --workdir is missing; see --help")
     # Imported here, so that --help and a wrong flag answer at once.
     import jax
 
-    from mil_jax.config import RunConfig, from_config_dict
     from mil_jax.train.stages import run_stage
 
-    config = from_config_dict(RunConfig, _CONFIG.value.to_dict())
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
     path = run_stage(config, _WORKDIR.value)
@@ -44,4 +42,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_app(main)
+    cli.run_app(main)

@@ -53,7 +53,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1:
         known = math.prod(s for s in sizes if s != -1)
-        sizes[sizes.index(-1)] = max(count // known, 1)
+        sizes[sizes.index(-1)] = count // max(known, 1)
     if min(sizes) < 1 or math.prod(sizes) != count:
         raise UserError(
             f"mesh data={data} fsdp={fsdp} tensor={tensor} does not match {count} "

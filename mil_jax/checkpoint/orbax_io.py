@@ -165,11 +165,17 @@ def _complete_or_absent(path: Path) -> Iterator[Path]:
 def _read_config(path: Path) -> ModelConfig:
     file = path / CONFIG_FILE
     try:
-        return model_config_from_dict(json.loads(file.read_text()))
+        values = json.loads(file.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} holds no {CONFIG_FILE}; it is not a model") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}); save it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is not a JSON object; save it again")
+    try:
+        return model_config_from_dict(values)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -177,9 +183,14 @@ def _readable(path: Path) -> Iterator[None]:
     """Turns Orbax's many ways of failing on damaged files into one line."""
     try:
         yield
-    except (ValueError, OSError, KeyError, FileNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error) else ""
+    except (jax.errors.JaxRuntimeError, MemoryError):  # A device or the host is full.
+        raise
+    except Exception as error:  # Orbax raises this very class for a missing chunk.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split())[:200]
         raise UserError(
-            f"checkpoint {path} cannot be read ({type(error).__name__}: {reason}); it is "
+            f"checkpoint {path} cannot be read ({type(cause).__name__}: {reason}); it is "
             "damaged or half-written: delete it to go on from the one before"
         ) from error

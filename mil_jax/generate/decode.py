@@ -173,11 +173,11 @@ def _generate(
         step, done, last, out, lengths, cache = carry
         logits, cache = model.decode(last[:, None], cache)
         token = sample(jax.random.fold_in(key, step), logits[:, 0], sampling)
-        is_live = ~done
-        out = out.at[:, step].set(jnp.where(is_live, token, 0))
-        lengths += is_live
-        cache = cache.keep(is_live.astype(jnp.int32))
-        return step + 1, done | is_eos(token, eos_ids), token, out, lengths, cache
+        out = out.at[:, step].set(jnp.where(done, 0, token))
+        is_live = (~done).astype(jnp.int32)
+        cache = cache.keep(is_live)
+        done |= is_eos(token, eos_ids)
+        return step + 1, done, token, out, lengths + is_live, cache
 
     start = (jnp.int32(1), is_eos(first, eos_ids), first, out, lengths, cache)
     *_, out, lengths, _ = jax.lax.while_loop(is_running, advance, start)

@@ -146,13 +146,16 @@ def verify(
         ratio = _pick(log_p[:, :k], drafts) - _pick(log_q, drafts)
         uniform = jax.random.uniform(accept_key, ratio.shape)
         num_accepted = _prefix_length(uniform < jnp.exp(ratio))
+        at = num_accepted[:, None, None]
         # Behind the last draft there is no q: the residual is p itself.
         q = jnp.pad(jnp.exp(log_q), ((0, 0), (0, 1), (0, 0)))
-        residual = jnp.maximum(jnp.exp(log_p) - q, 0.0)
-        at = num_accepted[:, None, None]
-        weights = jnp.take_along_axis(residual, at, axis=1)[:, 0]
+        p, q = (jnp.take_along_axis(a, at, axis=1)[:, 0] for a in (jnp.exp(log_p), q))
+        residual = jnp.maximum(p - q, 0.0)
+        # Rounding can reject where p = q and leave nothing.
+        is_empty = jnp.sum(residual, axis=-1, keepdims=True) == 0
+        weights = jnp.where(is_empty, p, residual)
         extra = jax.random.categorical(extra_key, jnp.log(weights))[:, None]
-    position = jnp.arange(k + 1)
+    position = jnp.arange(k + 1)[None]
     padded = jnp.pad(drafts, ((0, 0), (0, 1)))
     tokens = jnp.where(position < num_accepted[:, None], padded, 0)
     tokens = jnp.where(position == num_accepted[:, None], extra, tokens)
@@ -266,14 +269,14 @@ def _generate(
         emitted, has_eos = _until_eos(verdict.tokens, gained, eos_ids)
         emitted = jnp.minimum(emitted, max_new_tokens - c.lengths)
         emitted = jnp.where(is_live, emitted, 0)
-        is_new = jnp.arange(k + 1) < emitted[:, None]
+        is_new = jnp.arange(k + 1)[None] < emitted[:, None]
         out = write_rows(c.out, jnp.where(is_new, verdict.tokens, 0), c.lengths)
         lengths = c.lengths + emitted
         kept = jnp.where(is_live, gained, 0)
         tail = jnp.concatenate([c.last_two[:, 1:], verdict.tokens], axis=1)
-        at = verdict.num_accepted[:, None] + jnp.arange(2)
+        at = verdict.num_accepted[:, None] + jnp.arange(2)[None]
         last_two = jnp.take_along_axis(tail, at, axis=1)
-        accepted_at = jnp.arange(k) < verdict.num_accepted[:, None]
+        accepted_at = jnp.arange(k)[None] < verdict.num_accepted[:, None]
         return _Carry(
             step=c.step + 1,
             done=c.done | has_eos | (lengths >= max_new_tokens),
@@ -282,7 +285,7 @@ def _generate(
             lengths=lengths,
             target_cache=target_cache.keep(kept),
             draft_cache=draft_cache.keep(kept),
-            steps=c.steps + is_live,
+            steps=c.steps + is_live.astype(jnp.int32),
             accepted_at=c.accepted_at
             + jnp.sum(accepted_at & is_live[:, None], axis=0, dtype=jnp.int32),
             gained=c.gained + kept,
@@ -298,7 +301,7 @@ def _until_eos(
 ) -> tuple[Int[Array, "B"], Bool[Array, "B"]]:
     """Returns how many of the first `count` tokens count, EOS included, and if one ended."""
     size = tokens.shape[1]
-    ends = is_eos(tokens, eos_ids) & (jnp.arange(size) < count[:, None])
+    ends = is_eos(tokens, eos_ids) & (jnp.arange(size)[None] < count[:, None])
     has_eos = jnp.any(ends, axis=1)
     first = jnp.argmax(ends, axis=1).astype(jnp.int32)
     return jnp.where(has_eos, first + 1, count), has_eos

@@ -74,12 +74,12 @@ class Attention(nnx.Module):
         Prefill and decoding are this one method: a row's stale or padded slots lie at
         positions after its queries and are masked by causality.
         """
-        positions = lengths[:, None] + jnp.arange(u.shape[1], dtype=jnp.int32)
+        positions = lengths[:, None] + jnp.arange(u.shape[1], dtype=jnp.int32)[None]
         q, k, v = self._project(u, positions)
         cache = KVCache(
             write_rows(cache.k, k, lengths), write_rows(cache.v, v, lengths)
         )
-        slots = jnp.arange(cache.k.shape[1], dtype=jnp.int32)
+        slots = jnp.arange(cache.k.shape[1], dtype=jnp.int32)[None, None]
         visible = slots <= positions[:, :, None]
         if self.config.sliding_window is not None:
             visible &= slots > positions[:, :, None] - self.config.sliding_window

@@ -61,7 +61,9 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         """Returns the product in `dtype`."""
         y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        if self.bias is None:
+            return y
+        return y + jnp.broadcast_to(self.bias[...].astype(self.dtype), y.shape)
 
 
 class Embedding(nnx.Module):
@@ -100,4 +102,4 @@ def rms_norm(
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     normed = (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
-    return normed * scale.astype(x.dtype)
+    return normed * jnp.broadcast_to(scale.astype(x.dtype), x.shape)

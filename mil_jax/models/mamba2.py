@@ -139,7 +139,7 @@ class GatedNorm(nnx.Module):
         """Returns the gated, normalised output in the dtype of `y`."""
         gated = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
         groups = gated.reshape(*gated.shape[:2], -1, self.group)
-        scale = self.scale[...].reshape(-1, self.group)
+        scale = self.scale[...].reshape(1, 1, -1, self.group)
         normed = rms_norm(groups, scale, GATED_NORM_EPS)
         return normed.reshape(y.shape).astype(y.dtype)
 

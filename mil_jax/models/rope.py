@@ -36,7 +36,7 @@ def rotate(
     frequencies: np.ndarray,
 ) -> Float[Array, "B L H P"]:
     """Rotates pairs (i, i + P/2) of every head by `position * frequency`, in float32."""
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]

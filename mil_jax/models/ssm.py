@@ -109,7 +109,7 @@ class SSMMixer(nnx.Module):
         projected = self.project(u)
         conv_out = self._convolve(projected.conv_in, window=cache.window)
         inputs = self.scan_inputs(projected, conv_out)
-        is_token = jnp.arange(u.shape[1]) < num_tokens[:, None]
+        is_token = jnp.arange(u.shape[1])[None] < num_tokens[:, None]
         inputs = inputs._replace(dt=_mask_steps(inputs.dt, is_token))
         y, state = self.scan(inputs, projected.z, cache.state, None)
         seen = jnp.concatenate([cache.window, projected.conv_in], axis=1)

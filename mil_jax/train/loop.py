@@ -210,12 +210,14 @@ class _Logs:
     def _open(self, columns: list[str]) -> None:
         """Opens the file; rows that a resumed run will write again are dropped."""
         kept = read_metrics(self._path) if self._path.exists() else []
-        self._file = self._path.open("w", newline="")
+        # Renamed when complete, so that a kill in between loses no row.
+        partial = self._path.with_suffix(".partial")
+        self._file = partial.open("w", newline="")
         self._writer = csv.DictWriter(self._file, columns, restval="")
         self._writer.writeheader()
-        for row in kept:
-            if row["step"] < self._start:
-                self._writer.writerow(row)
+        self._writer.writerows(row for row in kept if row["step"] < self._start)
+        self._file.flush()
+        partial.replace(self._path)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

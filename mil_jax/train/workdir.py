@@ -45,15 +45,24 @@ class Workdir:
     def claim(self, name: str, config: RunConfig) -> Path:
         """Returns the stage's folder after checking that it belongs to `config`.
 
+        A folder that holds no work yet may be claimed by any config.
+
         Raises:
-            UserError: The folder holds work of another config.
+            UserError: The folder holds work of another config, or cannot be made.
         """
         folder = self.stage(name)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"folder {folder} cannot be made ({error.strerror}); choose another "
+                "--workdir"
+            ) from None
         file = folder / CONFIG_FILE
         wanted = _binding(dataclasses.asdict(config))
         wanted = json.loads(json.dumps(wanted))
-        if not file.exists():
+        has_work = any(entry.name != CONFIG_FILE for entry in folder.iterdir())
+        if not (has_work and file.exists()):
             partial = file.with_suffix(".partial")
             partial.write_text(json.dumps(wanted, indent=2) + "\n")
             partial.replace(file)
