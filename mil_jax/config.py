@@ -440,7 +440,8 @@ def parse_arg(arg: str | None, **defaults: str | bool) -> dict[str, str | bool]:
         **defaults: Every key with its default, a string or a boolean.
 
     Raises:
-        UserError: A key is unknown or a boolean is neither true nor false.
+        UserError: A key is unknown, a string has no value, or a boolean is neither true
+            nor false.
     """
     values = dict(defaults)
     for part in filter(None, (arg or "").split(",")):
@@ -453,6 +454,8 @@ def parse_arg(arg: str | None, **defaults: str | bool) -> dict[str, str | bool]:
             if has_value and text not in ("true", "false"):
                 raise UserError(f"config argument {key} is {text!r}; use true or false")
             values[key] = text == "true" if has_value else True
+        elif not has_value:
+            raise UserError(f"config argument {key} needs a value: {key}=...")
         else:
             values[key] = text
     return values

@@ -1,6 +1,6 @@
 """The teacher answers prompts; its answers are the data of stage 1 (paper Sec. 3)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,10 @@ from mil_jax.data.types import Conversation, Example
 from mil_jax.generate.decode import generate
 from mil_jax.generate.sampler import Sampling
 from mil_jax.models.decoder import HybridLM
+
+# Batches per shard. Prompts of one shard are answered in the order of their lengths, so that
+# rows of a batch need about as much padding and end about together.
+BATCHES_PER_SHARD = 4
 
 
 def write(
@@ -26,12 +30,12 @@ def write(
     max_length: int,
     sampling: Sampling = Sampling(),
     seed: int = 0,
-) -> int:
+) -> None:
     """Writes one record per prompt: the prompt, the teacher's answer, the answer's mask.
 
-    A killed run goes on after the last finished shard and writes the same records that an
-    undisturbed one writes: batch i holds the prompts from `i * batch_size` on, and its
-    sampling depends on i alone.
+    Records have the order of the prompts. A killed run goes on after the last finished shard
+    and writes the same records that an undisturbed one writes: what a batch holds and how it
+    is sampled depends on its shard's number alone.
 
     Args:
         teacher: Best built with `scan_layers=False`.
@@ -45,72 +49,68 @@ def write(
             so that records and prompts keep the same numbers; training skips it.
         sampling: Greedy by default.
         seed: Of the sampling.
-
-    Returns:
-        Number of records in the folder.
     """
+    shard_size = BATCHES_PER_SHARD * batch_size
     with RecordWriter(
-        directory, fingerprint=fingerprint, shard_size=4 * batch_size
+        directory, fingerprint=fingerprint, shard_size=shard_size
     ) as writer:
+        start = writer.num_written
         bar = tqdm(
             total=len(prompts),
-            initial=writer.num_written,
+            initial=start,
             desc="pseudo_labels",
             unit="prompt",
             dynamic_ncols=True,
         )
         with bar:
-            start = writer.num_written
-            for first in range(start, len(prompts), batch_size):
-                chats = [
-                    prompts[i]
-                    for i in range(first, min(first + batch_size, len(prompts)))
-                ]
-                tokens = [encode_prompt(tokenizer, chat) for chat in chats]
-                answers = _answer(
+            for first in range(start, len(prompts), shard_size):
+                chats = range(first, min(first + shard_size, len(prompts)))
+                tokens = [encode_prompt(tokenizer, prompts[i]) for i in chats]
+                answers = _answer_shard(
                     teacher,
                     tokens,
+                    bar,
+                    batch_size=batch_size,
                     max_new_tokens=max_new_tokens,
                     max_length=max_length,
-                    batch_size=batch_size,
                     sampling=sampling,
                     seed=seed + first,
                 )
                 for prompt, answer in zip(tokens, answers, strict=True):
                     writer.write(_example(prompt, answer))
-                bar.update(len(chats))
-        return start + max(len(prompts) - start, 0)
 
 
-def _answer(
+def _answer_shard(
     teacher: HybridLM,
     prompts: Sequence[np.ndarray],
+    bar: tqdm,
     *,
+    batch_size: int,
     max_new_tokens: int,
     max_length: int,
-    batch_size: int,
     sampling: Sampling,
     seed: int,
-) -> Iterator[np.ndarray]:
-    """Yields an answer per prompt, empty for those that leave no room for one."""
-    fits = [i for i, p in enumerate(prompts) if p.size < max_length]
-    rows = [prompts[i] for i in fits]
-    if rows:
+) -> list[np.ndarray]:
+    """Returns an answer per prompt, empty for those that leave no room for one."""
+    answers = [np.zeros((0,), np.int32)] * len(prompts)
+    fits = [i for i, prompt in enumerate(prompts) if prompt.size < max_length]
+    bar.update(len(prompts) - len(fits))
+    fits.sort(key=lambda i: prompts[i].size)
+    for at in range(0, len(fits), batch_size):
+        members = fits[at : at + batch_size]
         # Always a full batch, so that the last one compiles nothing new.
-        filled = rows + [rows[0]] * (batch_size - len(rows))
+        filled = members + members[:1] * (batch_size - len(members))
         done = generate(
             teacher,
-            filled,
+            [prompts[i] for i in filled],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            seed=seed,
+            seed=seed + at,
         )
-        answers = dict(zip(fits, done.rows(), strict=False))
-    for i, prompt in enumerate(prompts):
-        if i in fits:
-            yield answers[i][: max_length - prompt.size]
-        else:
-            yield np.zeros((0,), np.int32)
+        for i, answer in zip(members, done.rows(), strict=False):
+            answers[i] = answer[: max_length - prompts[i].size]
+        bar.update(len(members))
+    return answers
 
 
 def _example(prompt: np.ndarray, answer: np.ndarray) -> Example:

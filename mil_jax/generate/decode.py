@@ -130,8 +130,10 @@ def check_capacity(
             f"prompt {row} has {longest} tokens; with {max_new_tokens} new ones that "
             f"exceeds the cache's {max_length}: shorten it or raise max_length"
         )
-    # The padded prompt is written as a whole before its padding is overwritten.
-    return max(batch.tokens.shape[1], max_length or longest + max_new_tokens)
+    # By the padded width, so that batches of one bucket run the same program; the padded
+    # prompt is written as a whole before its padding is overwritten.
+    width = batch.tokens.shape[1]
+    return max(width, max_length or width + max_new_tokens)
 
 
 def is_eos(tokens: Int[Array, "*B"], eos_ids: tuple[int, ...]) -> Bool[Array, "*B"]:
