@@ -41,7 +41,7 @@ STAGES = {
         batch_size=256,
         length=128,
         epochs=30,
-        max_steps=12000,
+        max_steps=10168,
         packed=True,
         checkpoint_every=2000,
     ),

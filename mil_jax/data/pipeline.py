@@ -8,17 +8,19 @@ is dropped.
 
 import collections
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import grain
 import numpy as np
-from absl import logging
 from jaxtyping import Bool, Int32
 
 from mil_jax.data import packing
 from mil_jax.data.types import Example, Pair
 from mil_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Batch = dict[str, Int32[np.ndarray, "B L"] | Bool[np.ndarray, "B L"]]
 T = TypeVar("T", Example, Pair)
@@ -75,7 +77,7 @@ def batches(
     _report(counts, len(source), length)
     bins = packing.pack(lengths, length) if packed else [[i] for i in range(len(kept))]
     rows = [[kept[i] for i in members] for members in bins]
-    logging.info("%d examples in %d rows of %d tokens", len(kept), len(rows), length)
+    log.info("%d examples in %d rows of %d tokens", len(kept), len(rows), length)
     make = functools.partial(_example_batch, source, rows, length=length, pad_id=pad_id)
     return _schedule(
         make,
@@ -179,9 +181,9 @@ def _expect(record: Example | Pair, kind: type[T]) -> T:
 def _report(counts: collections.Counter[str], total: int, length: int) -> None:
     truncated = counts.pop("truncated", 0)
     if truncated:
-        logging.warning("%d of %d records cut to %d tokens", truncated, total, length)
+        log.warning("%d of %d records cut to %d tokens", truncated, total, length)
     for reason, count in counts.items():
-        logging.warning("%d of %d records skipped: %s", count, total, reason)
+        log.warning("%d of %d records skipped: %s", count, total, reason)
     if total == counts.total():
         raise UserError(
             f"none of the {total} records has an answer to learn within {length} "

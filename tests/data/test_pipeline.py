@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from absl import logging as absl_logging
 
 from mil_jax.data import pipeline
 from mil_jax.data.records import RecordSource, RecordWriter
@@ -136,7 +135,7 @@ class TestTruncation:
     def test_long_examples_lose_their_end_and_are_counted(self, monkeypatch):
         lines = []
         monkeypatch.setattr(
-            absl_logging, "warning", lambda text, *args: lines.append(text % args)
+            pipeline.log, "warning", lambda text, *args: lines.append(text % args)
         )
         source = [
             _example(100, 12),

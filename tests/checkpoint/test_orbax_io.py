@@ -1,0 +1,221 @@
+"""Unit tests of finished models and of run checkpoints on disk."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from checks import tiny
+
+from mil_jax.checkpoint import models, orbax_io
+from mil_jax.checkpoint.orbax_io import RunCheckpoints, load_model, save_model
+from mil_jax.config import ModelConfig, RopeScaling
+from mil_jax.errors import UserError
+
+CONFIG = tiny.CONFIGS["mamba"]
+
+
+def _params(dtype):
+    """Weights in `dtype`, those of the recurrence in float32, with odd bit patterns."""
+    params = {}
+    for name, value in tiny.params("mamba").items():
+        narrow = not name.endswith((".A_log", ".D", ".dt_bias"))
+        params[name] = value.astype(dtype if narrow else np.float32)
+    scale = params["final_norm.scale"]
+    scale[:4] = np.array([-0.0, np.inf, 1e-40, 3.3895e38]).astype(scale.dtype)
+    return params
+
+
+def _assert_same_bits(found, expected):
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        got, value = found[name], np.asarray(value)
+        assert isinstance(got, np.ndarray), name
+        assert got.dtype == value.dtype and got.shape == value.shape, name
+        np.testing.assert_array_equal(
+            np.ascontiguousarray(got).view(np.uint8),
+            np.ascontiguousarray(value).view(np.uint8),
+            err_msg=name,
+        )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "model"
+    save_model(
+        path, CONFIG, tiny.params("mamba"), assets_from=models.resolve("demo_teacher")
+    )
+    return path
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+class TestModels:
+    @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+    @pytest.mark.parametrize("on_device", [False, True])
+    def test_round_trip_keeps_every_bit(self, tmp_path, dtype, on_device):
+        params = _params(dtype)
+        given = dict(params)
+        if on_device:
+            # A split weight and a replicated one.
+            mesh = jax.make_mesh((8,), ("x",))
+            split = jax.NamedSharding(mesh, jax.P("x"))
+            given = {name: jnp.asarray(value) for name, value in params.items()}
+            name = "layers.0.mamba.out_proj.kernel"
+            given[name] = jax.device_put(given[name], split)
+        save_model(tmp_path / "model", CONFIG, given)
+        config, found = load_model(tmp_path / "model")
+        assert config == CONFIG
+        _assert_same_bits(found, params)
+
+    def test_every_field_of_the_config_survives(self, tmp_path):
+        config = dataclasses.replace(
+            tiny.CONFIGS["attention"],
+            rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+            sliding_window=7,
+            eos_token_ids=(3, 4),
+            bos_token_id=1,
+            pad_token_id=0,
+            model_type="mistral",
+        )
+        save_model(tmp_path / "m", config, {"final_norm.scale": np.ones(3)})
+        assert load_model(tmp_path / "m")[0] == config
+
+    def test_names_on_disk_are_per_layer(self, saved):
+        metadata = json.loads((saved / "weights" / "_METADATA").read_text())
+        names = {
+            entry["key_metadata"][0]["key"]
+            for entry in metadata["tree_metadata"].values()
+        }
+        assert names == set(tiny.params("mamba"))
+        assert "layers.0.mamba.x_proj.kernel" in names
+        assert "layers.1.attn.q_proj.kernel" in names
+
+    def test_config_on_disk_is_plain_json(self, saved):
+        values = json.loads((saved / "model_config.json").read_text())
+        assert values["layer_types"] == ["mamba", "attention"]
+        assert values["ssm"]["d_state"] == 8
+        assert set(values) == {f.name for f in dataclasses.fields(ModelConfig)}
+
+    def test_tokenizer_is_copied(self, saved):
+        source = models.resolve("demo_teacher")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            assert (saved / name).read_bytes() == (source / name).read_bytes()
+        assert not (saved / "model.safetensors").exists()
+        assert not (saved / "config.json").exists()
+
+    def test_models_load_tells_the_formats_apart(self, saved):
+        found = models.load(saved)
+        assert found.config == CONFIG and found.source == saved
+        _assert_same_bits(found.params, tiny.params("mamba"))
+        assert models.load("demo_teacher").config.n_layers == 8
+
+    def test_nothing_is_overwritten(self, copy):
+        before = sorted(p.name for p in copy.parent.iterdir())
+        with pytest.raises(UserError, match="exists; nothing is overwritten"):
+            save_model(copy, CONFIG, {})
+        _assert_same_bits(load_model(copy)[1], tiny.params("mamba"))
+        assert sorted(p.name for p in copy.parent.iterdir()) == before
+
+    @pytest.mark.parametrize(
+        "where", ["copy_tokenizer", "model_config_to_dict", "os.replace"]
+    )
+    @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+    def test_failed_save_leaves_nothing(self, tmp_path, monkeypatch, where, error):
+        def fail(*args):
+            raise error
+
+        target = f"mil_jax.checkpoint.orbax_io.{where}"
+        params = {"final_norm.scale": np.ones(3)}
+        with monkeypatch.context() as patch:
+            patch.setattr(target, fail)
+            with pytest.raises(type(error)):
+                save_model(tmp_path / "model", CONFIG, params)
+        assert list(tmp_path.iterdir()) == []
+        save_model(tmp_path / "model", CONFIG, params)
+        assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+    def test_folder_that_is_no_model(self, tmp_path):
+        assert not orbax_io.is_model_dir(tmp_path)
+        with pytest.raises(UserError, match="holds no model_config.json; it is not a"):
+            load_model(tmp_path)
+        with pytest.raises(UserError, match="no model_config.json"):
+            load_model(tmp_path / "missing")
+
+    @pytest.mark.parametrize(
+        "text", ["{", "[]", "3", '{"vocab_size": 3, "nope": 1}', '{"vocab_size": "3"}']
+    )
+    def test_damaged_config(self, copy, text):
+        (copy / "model_config.json").write_text(text)
+        with pytest.raises(UserError) as error:
+            load_model(copy)
+        assert "\n" not in str(error.value)
+        assert str(copy) in str(error.value)
+
+    @pytest.mark.parametrize(
+        "part",
+        ["weights", "weights/_METADATA", "weights/manifest.ocdbt", "weights/d"],
+    )
+    @pytest.mark.parametrize("how", ["delete", "truncate"])
+    def test_damaged_weights(self, copy, part, how):
+        path = copy / part
+        if how == "truncate":
+            for file in [p for p in path.rglob("*") if p.is_file()] or [path]:
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        with pytest.raises(UserError) as error:
+            load_model(copy)
+        message = str(error.value)
+        assert str(copy / "weights") in message and "damaged" in message
+        assert "\n" not in message
+
+
+class TestRunCheckpoints:
+    """Damage and continuation: tests/train/test_loop.py; meshes: tests/train/test_state.py."""
+
+    STATE = {"a": {"b": np.arange(5.0)}, "step": np.int32(3)}
+
+    def _abstract(self):
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), self.STATE
+        )
+
+    def test_round_trip(self, tmp_path):
+        checkpoints = RunCheckpoints(tmp_path)
+        assert checkpoints.latest_step() is None
+        state = jax.tree.map(jnp.asarray, self.STATE)
+        checkpoints.save(3, state, {"step": 3, "note": "ä"})
+        checkpoints.close()
+        checkpoints = RunCheckpoints(tmp_path)
+        assert checkpoints.latest_step() == 3
+        found, position = checkpoints.restore(3, self._abstract())
+        checkpoints.close()
+        assert position == {"step": 3, "note": "ä"}
+        assert found["a"]["b"].devices() == {jax.devices()[1]}
+        np.testing.assert_array_equal(found["a"]["b"], self.STATE["a"]["b"])
+        assert int(found["step"]) == 3
+
+    def test_two_are_kept(self, tmp_path):
+        checkpoints = RunCheckpoints(tmp_path)
+        state = jax.tree.map(jnp.asarray, self.STATE)
+        for step in (2, 5, 9):
+            checkpoints.save(step, state, {"step": step})
+        checkpoints.close()
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["5", "9"]
+
+    def test_missing_step(self, tmp_path):
+        checkpoints = RunCheckpoints(tmp_path)
+        with pytest.raises(UserError, match="cannot be read"):
+            checkpoints.restore(7, self._abstract())
+        checkpoints.close()

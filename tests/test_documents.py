@@ -1,0 +1,64 @@
+"""The documents name things that exist, and the README's first example runs."""
+
+import contextlib
+import importlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+from mil_jax.config import RunConfig, from_config_dict
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), ROOT / "launch/README.md"]
+
+
+def blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(path):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_configs_and_stages_exist(path):
+    text = path.read_text().replace("$CONFIG", "configs/llama3_8b_mamba_50.py")
+    for name, stage in re.findall(r"configs/(\w+)\.py(?::stage=(\w+))?", text):
+        module = importlib.import_module(f"configs.{name}")
+        values = module.get_config(f"stage={stage}" if stage else None)
+        from_config_dict(RunConfig, values.to_dict())
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_config_keys_exist(path):
+    config = importlib.import_module("configs.demo").get_config()
+    found = re.findall(r"--config\.([a-z_.]*[a-z])", path.read_text())
+    found += re.findall(
+        r"`((?:conversion|stage|data|mesh|compute)\.[a-z_]+)(?:=\w+)?`",
+        path.read_text(),
+    )
+    for key in found:
+        node = config
+        for part in key.split("."):
+            assert part in node, key
+            node = node[part]
+
+
+def test_first_example_prints_what_the_readme_says():
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(blocks("python")[0], {})
+    assert (
+        f"This prints `{printed.getvalue().strip()}`"
+        in (ROOT / "README.md").read_text()
+    )
+
+
+def test_second_example_compiles():
+    compile(blocks("python")[1], "README.md", "exec")
