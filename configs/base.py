@@ -16,7 +16,7 @@ from mil_jax.errors import UserError
 # On a GPU: bfloat16, frozen weights stored so too, activations recomputed.
 GPU = ComputeConfig(dtype="bfloat16", param_dtype="bfloat16", remat=True)
 
-# UltraChat and UltraFeedback through TFDS or downloaded files; give your own paths with
+# UltraChat and UltraFeedback as downloaded files; name your own with
 # --config.data.prompts=... and so on.
 PAPER_DATA = DataConfig(
     prompts="data/ultrachat_200k.jsonl,data/ultrafeedback_prompts.jsonl",

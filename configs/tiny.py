@@ -1,4 +1,4 @@
-"""A model of toy size with random weights: rehearses benchmarks and tests in seconds.
+"""Every stage of the demo in two steps: rehearses commands, tests and notebooks.
 
 python -m mil_jax.bench_train --config=configs/tiny.py:stage=distill --shape=tiny
 """

@@ -210,7 +210,7 @@ class ComputeConfig:
         dtype: Matrix products and activations. SSM state, decay, norms' statistics, softmax
             and logits are float32 whatever it is.
         param_dtype: Storage of weights that are not trained in float32 by a stage.
-        implementation: Of the state-space kernels; "auto" takes the fastest that runs here.
+        implementation: Of the scans over sequences; "auto" takes the fastest that runs here.
         attention: "auto" takes cuDNN on a GPU in bfloat16, else XLA.
         remat: Recompute each layer in the backward pass instead of storing its activations.
         scan_layers: Scan over periods of equal layers (short compile times, for training);

@@ -110,7 +110,7 @@ def aligned_channels(config: ModelConfig, d_state: int) -> np.ndarray:
 
     Mamba's grouped-query expansion repeats blocks of N channels, attention's repeats heads of
     P. Ordering channels by (kv head, block, repeat, i) instead of (kv head, repeat, block, i)
-    gives each query block the key block of its own head (MODEL_SPEC: channel order).
+    gives each query block the key block of its own head.
     """
     repeats = config.n_heads // config.n_kv_heads
     blocks = config.head_dim // d_state

@@ -182,7 +182,9 @@ class TestStages:
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"draft: {tmp_path}/draft/model\n"
         lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line]
-        messages = [line for line in lines if not line.startswith(("draft:", "tokenize:"))]
+        messages = [
+            line for line in lines if not line.startswith(("draft:", "tokenize:"))
+        ]
         assert len(messages) == 2
         assert messages[0].endswith("of 16 records cut to 64 tokens")
         assert messages[1].startswith("16 examples in ")

@@ -106,11 +106,15 @@ class TestFromConfigDict:
 
     @pytest.mark.parametrize("value", ["c", "A", 1, None, True])
     def test_wrong_literals(self, value):
-        with pytest.raises(UserError, match=r"key kind is .*; expected one of \('a', 'b'"):
+        with pytest.raises(
+            UserError, match=r"key kind is .*; expected one of \('a', 'b'"
+        ):
             _outer(kind=value)
 
     def test_unknown_keys(self):
-        with pytest.raises(UserError, match="unknown config key nope; known keys of Out"):
+        with pytest.raises(
+            UserError, match="unknown config key nope; known keys of Out"
+        ):
             _outer(nope=1)
         with pytest.raises(UserError) as error:
             _outer(inner={"size": 3, "sise": 4})
@@ -204,7 +208,9 @@ class TestRunConfig:
 
     def test_accumulate_must_divide(self):
         StageConfig(name="sft", batch_size=6, accumulate=3)
-        with pytest.raises(UserError, match=r"accumulate \(4\) does not divide .* \(6\)"):
+        with pytest.raises(
+            UserError, match=r"accumulate \(4\) does not divide .* \(6\)"
+        ):
             StageConfig(name="sft", batch_size=6, accumulate=4)
 
     @pytest.mark.parametrize(
@@ -250,7 +256,9 @@ class TestParseArg:
         assert self._parse("mixer=a=b")["mixer"] == "a=b"
 
     def test_unknown(self):
-        with pytest.raises(UserError, match="argument 'nope'; known: stage, mixer, small"):
+        with pytest.raises(
+            UserError, match="argument 'nope'; known: stage, mixer, small"
+        ):
             self._parse("stage=sft,nope=1")
 
     @pytest.mark.parametrize("text", ["1", "True", ""])

@@ -51,9 +51,7 @@ def chats(model, tokenizer):
 
 
 def _scores(model, tokenizer, chats):
-    return evaluate(
-        model, tokenizer, chats, max_new_tokens=NEW_TOKENS, batch_size=4
-    )
+    return evaluate(model, tokenizer, chats, max_new_tokens=NEW_TOKENS, batch_size=4)
 
 
 def test_exact_match_counts_the_last_answer(model, tokenizer, chats):
@@ -70,9 +68,7 @@ def test_perplexity_is_that_of_all_answer_tokens(model, params, tokenizer, chats
         tokens, mask = encode_chat(tokenizer, chat)
         logits = reference(tokens)
         log_probs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-        nats += [
-            -log_probs[t - 1, tokens[t]] for t in range(1, tokens.size) if mask[t]
-        ]
+        nats += [-log_probs[t - 1, tokens[t]] for t in range(1, tokens.size) if mask[t]]
     # Two answers of the chat of two turns, one of each other.
     assert len(nats) > 6
     found = _scores(model, tokenizer, chats).ppl

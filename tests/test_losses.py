@@ -232,7 +232,9 @@ class TestPreferences:
         arrays = [_random(6, seed=i) * 5 for i in range(4)]
 
         def loss(policy_chosen, policy_rejected):
-            return losses.dpo_loss(policy_chosen, policy_rejected, *arrays[2:], beta=0.3)
+            return losses.dpo_loss(
+                policy_chosen, policy_rejected, *arrays[2:], beta=0.3
+            )
 
         (value, _), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
             *arrays[:2]

@@ -84,7 +84,7 @@ steps = functools.partial(check, stepping.check_single_steps)
 rollback = functools.partial(check, stepping.check_rollback)
 chains = functools.partial(check, stepping.check_chains)
 scanned = check(stacking.check_scanned_forward, ("mamba2",) * 3)
-speculation = check(generation.check_speculation, "mamba", "mamba~", 2)
+speculation = check(generation.check_speculation, "attention", "attention~", 2)
 draws = check(sampling.check_verify_draws, sampling.SAMPLINGS["plain"])
 filtered_draws = check(sampling.check_verify_draws, sampling.SAMPLINGS["both"])
 filters = {
@@ -414,6 +414,14 @@ CACHE_SLIPS = [
 
 GENERATION_SLIPS = [
     slip(
+        "no room for a step at the end of the cache",
+        cache,
+        "init_cache",
+        "max_length + max_step",
+        "max_length",
+        generation.check_full_cache,
+    ),
+    slip(
         "prompts read with their padding",
         decode,
         "_generate",
@@ -704,7 +712,7 @@ def test_keys_and_values_swapped(monkeypatch):
 @pytest.mark.parametrize("axis", ["embed", "d_inner", "heads", "mlp"])
 def test_axis_not_split(axis, monkeypatch):
     monkeypatch.setitem(sharding.LOGICAL_AXIS_RULES, axis, None)
-    assert_killed(check(meshes.check_shards, "mamba2", fsdp=2, tensor=4))
+    assert_killed(check(meshes.check_shards, "mamba", fsdp=2, tensor=4))
 
 
 def replace_row(monkeypatch, kind, key, **changes):

@@ -245,7 +245,8 @@ class HybridLM(nnx.Module):
     ) -> tuple[Float[Array, "B V"], HybridCache]:
         """Consumes the first `num_tokens[b]` of each row and commits them.
 
-        Needs a cache without pending tokens (a new one, or one after another prefill).
+        Needs a cache without pending tokens (a new one, or one after another prefill), with
+        slots for all L tokens of a row, padding included, after those it holds.
 
         Returns:
             Logits after each row's last token, and the cache. A row with no token has

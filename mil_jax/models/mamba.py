@@ -1,4 +1,4 @@
-"""Mamba mixer (MODEL_SPEC: paper Alg. 1; Mamba, 2312.00752), hybrid or pure."""
+"""Mamba mixer (paper Alg. 1; Mamba, 2312.00752), hybrid or pure."""
 
 import jax
 import jax.numpy as jnp

@@ -14,6 +14,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -102,13 +103,14 @@ class Loop:
             waiting = (step, metrics, size)
             done = step + 1
             is_due = done % self.checkpoint_every == 0 or done == self.num_steps
-            if is_due or interrupt.requested:
+            is_stopped = interrupt.is_stopped(done)
+            if is_due or is_stopped:
                 self._report(*waiting, logs, bar)
                 waiting = None
                 on_disk = state_lib.to_disk(self.blueprint, state)
                 checkpoints.save(done, on_disk, {"step": done})
                 last_saved = done
-            if interrupt.requested:
+            if is_stopped:
                 checkpoints.close()
                 raise SystemExit(
                     f"stopped by signal after step {last_saved} of {self.name}; the same "
@@ -175,12 +177,16 @@ class Loop:
 
 
 class _Logs:
-    """Every scalar of every step: metrics.csv and TensorBoard events."""
+    """Every scalar of every step: metrics.csv and TensorBoard events, by one process."""
 
     def __init__(self, folder: Path, start: int):
         self._path = folder / METRICS_FILE
         self._start = start
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        self._board = (
+            SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+            if jax.process_index() == 0
+            else None
+        )
         self._file: Any = None
         self._writer: csv.DictWriter | None = None
         self._clock = time.perf_counter()
@@ -189,7 +195,8 @@ class _Logs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._board.close()
+        if self._board:
+            self._board.close()
         if self._file:
             self._file.close()
 
@@ -198,6 +205,8 @@ class _Logs:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         row = {"step": step, **values, "tok_s": tokens / seconds, "seconds": seconds}
+        if self._board is None:
+            return tokens / seconds
         if self._writer is None:
             self._open(list(row))
         self._writer.writerow(row)
@@ -234,13 +243,19 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class _Interrupt:
-    """Turns SIGTERM (a cluster's preemption) into a request to stop after a checkpoint."""
+    """Turns SIGTERM (a cluster's preemption) into a request to stop after a checkpoint.
+
+    Several processes must stop after the same step, which JAX's preemption service settles;
+    it has its own handler of the signal.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested = False
         self._before: Any = None
 
     def __enter__(self) -> "_Interrupt":
+        if jax.process_count() > 1:
+            return self
         try:
             self._before = signal.signal(signal.SIGTERM, self._request)
         except ValueError:  # Not the main thread: the caller keeps its own handling.
@@ -251,6 +266,12 @@ class _Interrupt:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
+    def is_stopped(self, step: int) -> bool:
+        """Returns whether to stop after `step`, the same on all processes."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._requested
+
     def _request(self, signum: int, frame: FrameType | None) -> None:
         del signum, frame
-        self.requested = True
+        self._requested = True

@@ -112,8 +112,8 @@ def _pseudo_labels(run: Run) -> Path:
     """Writes the teacher's answers to `data.prompts`."""
     if jax.process_count() > 1:
         raise UserError(
-            "pseudo_labels runs in one process; start one job per node, each with its own "
-            "slice of data.prompts and its own --workdir"
+            "pseudo_labels runs in one process: start it on one node, without "
+            "--distributed"
         )
     config, stage = run.config, run.config.stage
     folder = run.workdir.claim("pseudo_labels", config)

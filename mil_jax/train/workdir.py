@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mil_jax.checkpoint import orbax_io
 from mil_jax.config import RunConfig
 from mil_jax.errors import UserError
@@ -58,6 +60,8 @@ class Workdir:
                 f"folder {folder} cannot be made ({error.strerror}); choose another "
                 "--workdir"
             ) from None
+        if jax.process_index() != 0:  # One process checks and writes for all.
+            return folder
         file = folder / CONFIG_FILE
         wanted = _binding(dataclasses.asdict(config))
         wanted = json.loads(json.dumps(wanted))

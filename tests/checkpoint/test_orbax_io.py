@@ -181,7 +181,7 @@ class TestModels:
 
 
 class TestRunCheckpoints:
-    """Damage and continuation: tests/train/test_loop.py; meshes: tests/train/test_state.py."""
+    """Damage is in tests/train/test_loop.py, other meshes in tests/train/test_state.py."""
 
     STATE = {"a": {"b": np.arange(5.0)}, "step": np.int32(3)}
 

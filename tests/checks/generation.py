@@ -122,17 +122,23 @@ def check_equal_draft(kind, k):
     assert stats.accepted_at.tolist() == [stats.num_steps] * k
 
 
-def check_ends(kind="mamba", draft_name="mamba~", k=3):
+def check_ends(kind="attention", draft_name="attention~", k=3):
     """EOS as the first token and inside a draft, the limit inside a draft."""
     eos_ids, _ = some_eos(tiny.reference(kind), 10)
     # 0 fills what a pass does not gain and must not end a row there.
     check_speculation(kind, draft_name, k, eos_ids=(*eos_ids, 0))
 
 
-def check_limits(kind="attention", k=2):
+def check_limits(kind="attention", k=1):
     """Limits before, inside and at the end of a pass that accepts everything."""
-    for count in (1, 2, 4):
+    for count in (1, 3, 4):
         check_speculation(kind, kind, k, count=count)
+
+
+def check_full_cache():
+    """The last pass of every row ends at the cache's end."""
+    prompts = tiny.tokens(8, decode.PROMPT_BUCKET - 1).tolist()
+    check_speculation("attention", "attention", 3, prompts=prompts, count=10)
 
 
 VERDICTS = {

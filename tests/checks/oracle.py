@@ -87,7 +87,7 @@ def causal_conv(x, kernel, bias):
 
 
 def mamba(u, w, config):
-    """MODEL_SPEC Sec. 2: hybrid Mamba, or pure Mamba (`inputs_from == "conv"`)."""
+    """Paper Alg. 1: hybrid Mamba, or pure Mamba (`inputs_from == "conv"`)."""
     ssm = config.ssm
     length, channels, n = u.shape[0], ssm.d_inner, ssm.d_state
     x, z = u @ w["mamba.x_proj.kernel"], u @ w["mamba.z_proj.kernel"]
@@ -123,7 +123,7 @@ def mamba(u, w, config):
 
 
 def mamba2(u, w, config):
-    """MODEL_SPEC Sec. 3."""
+    """Mamba-2 (2405.21060) with one group per head, as the released hybrids have it."""
     ssm = config.ssm
     heads, kv_heads, n = config.n_heads, config.n_kv_heads, ssm.d_state
     length, p = u.shape[0], ssm.d_inner // heads

@@ -11,12 +11,18 @@ import pytest
 
 from configs import demo_teacher
 from mil_jax.checkpoint import models
-from mil_jax.config import ComputeConfig, ModelConfig, RunConfig, SSMConfig, from_config_dict
+from mil_jax.config import (
+    ComputeConfig,
+    ModelConfig,
+    RunConfig,
+    SSMConfig,
+    from_config_dict,
+)
 from mil_jax.errors import UserError
 from mil_jax.models.decoder import Blueprint
 from mil_jax.shapes import SHAPES
-from mil_jax.train.state import TRAINABLE
 from mil_jax.train.stages import STAGES
+from mil_jax.train.state import TRAINABLE
 
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = sorted(p for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "base"))
@@ -88,7 +94,9 @@ class TestStages:
         module = _module(path)
         with pytest.raises(UserError, match="unknown stage 'nope'; this config has"):
             module.get_config("stage=nope")
-        with pytest.raises(UserError, match="unknown config argument 'nope'; known: st"):
+        with pytest.raises(
+            UserError, match="unknown config argument 'nope'; known: st"
+        ):
             module.get_config("nope=1")
 
     @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -111,7 +119,7 @@ class TestStages:
 
 
 class TestRecipe:
-    """The paper's numbers, as MODEL_SPEC Sec. 5 and 6 list them."""
+    """The paper's numbers (Sec. 3 and its appendix)."""
 
     PAPER = [p for p in FILES if p.stem.endswith("_50")]
 

@@ -21,10 +21,10 @@ def test_answers_end_with_eos():
 
 
 def test_eos_is_the_models_unless_told_otherwise():
-    reference = tiny.reference("mamba")
+    reference = tiny.reference("attention")
     answer = reference.greedy([20, 21, 22], 8)
-    config = dataclasses.replace(tiny.CONFIGS["mamba"], eos_token_ids=(answer[2],))
-    model = tiny.build(config, tiny.params("mamba"))
+    config = dataclasses.replace(tiny.CONFIGS["attention"], eos_token_ids=(answer[2],))
+    model = tiny.build(config, tiny.params("attention"))
     expected = generation.until_eos(answer, (answer[2],))
     (row,) = decode.generate(model, [[20, 21, 22]], max_new_tokens=8).rows()
     assert row.tolist() == expected

@@ -143,7 +143,9 @@ def test_bfloat16_is_near_float32(kind):
         stacking.check_bfloat16(kind)
 
 
-@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("mamba", marks=pytest.mark.slow), "mamba2"]
+)
 def test_bfloat16_gradients_are_near_float32(kind):
     with jax.numpy_dtype_promotion("standard"):
         stacking.check_bfloat16_gradients(kind)

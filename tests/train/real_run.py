@@ -41,8 +41,6 @@ def records():
     return examples
 
 
-
-
 def main(folder):
     mesh = sharding.make_mesh()
     blueprint = Blueprint.create(CONFIG, ComputeConfig())

@@ -149,7 +149,9 @@ class TestNotFinite:
         with pytest.raises(UserError) as error:
             run(tmp_path, one_device, spoil={step: name})
         message = str(error.value)
-        assert f"toy: {name} is nan at step {step} (batch {step} of the data)" in message
+        assert (
+            f"toy: {name} is nan at step {step} (batch {step} of the data)" in message
+        )
         assert "optimizer.lr" in message and str(tmp_path) in message
         assert "\n" not in message
         assert _saved(tmp_path) == [3, 6]
@@ -242,7 +244,9 @@ class TestDamaged:
         assert step_fn.seen == list(range(6, 10))
         assert_same_state(state, undisturbed[1])
 
-    def test_checkpoint_of_another_model(self, stopped, tmp_path, one_device, monkeypatch):
+    def test_checkpoint_of_another_model(
+        self, stopped, tmp_path, one_device, monkeypatch
+    ):
         """Shapes that disagree are an error, not a model of padded or cut weights."""
         import dataclasses
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import pytest
-from checks import training
+from checks import tiny, training
 
 from mil_jax import losses
 from mil_jax.train import loop, state, step
@@ -15,7 +15,9 @@ from .toy_run import check_killed_run
 
 def kl_direction_swapped(patch):
     original = losses.token_kl
-    patch.setattr(losses, "token_kl", lambda teacher, student: original(student, teacher))
+    patch.setattr(
+        losses, "token_kl", lambda teacher, student: original(student, teacher)
+    )
 
 
 def kl_of_questions_too(patch):
@@ -195,6 +197,11 @@ def continues_one_step_late(patch):
     patch.setattr(loop.Loop, "_resume", resume)
 
 
+def check_frozen_in_one_layer():
+    config = dataclasses.replace(tiny.CONFIGS["mamba"], layer_types=("mamba",))
+    check_frozen("mamba", config, kl_weight=0.0)
+
+
 CASES = [
     (kl_direction_swapped, training.check_token_kl),
     (kl_direction_swapped, training.check_distill_loss),
@@ -206,8 +213,8 @@ CASES = [
     (labels_are_the_inputs, training.check_targets),
     (document_predicts_the_next_one, training.check_targets),
     (last_position_wraps_around, training.check_targets),
-    (frozen_leaf_is_trained, lambda: check_frozen("mamba")),
-    (mixer_leaf_is_frozen, lambda: check_frozen("mamba")),
+    (frozen_leaf_is_trained, check_frozen_in_one_layer),
+    (mixer_leaf_is_frozen, check_frozen_in_one_layer),
     (mean_of_micro_batches, training.check_accumulation),
     (sum_of_micro_batches, training.check_accumulation),
     (rows_of_the_micro_batch, lambda: training.check_accumulation(name="dpo")),
@@ -237,5 +244,7 @@ def test_is_caught_by_a_killed_run(monkeypatch, tmp_path, one_device, mutate):
         check_killed_run(tmp_path, one_device)
 
 
-def test_killed_run_without_a_slip(tmp_path, one_device):
+def test_checks_pass_without_a_slip(tmp_path, one_device):
+    """Those that no other test calls."""
+    check_frozen_in_one_layer()
     check_killed_run(tmp_path, one_device)

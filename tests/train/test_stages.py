@@ -321,7 +321,9 @@ class TestReferences:
         odd = dataclasses.replace(start.config, vocab_size=500)
         config = config_of("sft", chain.teacher, stage__kl_weight=1.0)
         run = stages.Run(config, Workdir(chain.path), mesh_of(1, 1, 1))
-        with pytest.raises(UserError, match="teacher has 512 tokens and the student 500"):
+        with pytest.raises(
+            UserError, match="teacher has 512 tokens and the student 500"
+        ):
             stages._teacher(run, dataclasses.replace(start, config=odd))
 
 
@@ -404,13 +406,17 @@ class TestRefused:
     def test_damaged_note_of_the_config(self, chain, tmp_path):
         shutil.copytree(chain.path / "sft", tmp_path / "sft")
         (tmp_path / "sft" / "config.json").write_text("{")
-        with pytest.raises(UserError, match="config.json is damaged; delete the folder"):
+        with pytest.raises(
+            UserError, match="config.json is damaged; delete the folder"
+        ):
             run_stage(config_of("sft", chain.teacher), tmp_path)
 
     def test_workdir_that_cannot_be_made(self, tmp_path):
         file = tmp_path / "file"
         file.write_text("")
-        with pytest.raises(UserError, match="cannot be made .* choose another --workdir"):
+        with pytest.raises(
+            UserError, match="cannot be made .* choose another --workdir"
+        ):
             run_stage(config_of("sft"), file)
 
 

@@ -10,11 +10,12 @@ import pytest
 from checks import tiny, training
 from checks.compare import assert_close
 
-from mil_jax import sharding
 from mil_jax.checkpoint.orbax_io import RunCheckpoints
 from mil_jax.config import ComputeConfig, OptimizerConfig
 from mil_jax.models.decoder import Blueprint
 from mil_jax.train import state as state_lib
+
+from .conftest import mesh_of
 
 
 def _values(num_steps, count, **config):
@@ -111,9 +112,10 @@ class TestOptimizer:
     def test_the_logged_norm_is_that_before_clipping(self):
         stage = training.StageConfig(name="sft")
         moved, metrics = training.one_step(stage, 1, training.uneven_batch())
-        norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in moved.values()))
+        norm = np.sqrt(
+            sum((np.asarray(g, np.float64) ** 2).sum() for g in moved.values())
+        )
         assert_close(metrics["grad_norm"], norm, atol=1e-4)
-
 
 
 class TestDisk:
@@ -136,7 +138,7 @@ class TestDisk:
         return blueprint, jax.tree.unflatten(tree, leaves)
 
     def test_layers_are_separate_on_disk(self):
-        blueprint, state = self._state(_mesh(1, 8, 1))
+        blueprint, state = self._state(mesh_of(1, 8, 1))
         on_disk = state_lib.to_disk(blueprint, state)
         assert "layers.0::1.mamba.x_proj.kernel" in state.trainable
         names = {"layers.0.mamba.x_proj.kernel", "layers.1.mamba.x_proj.kernel"}
@@ -159,13 +161,13 @@ class TestDisk:
     def test_restored_on_another_mesh(self, tmp_path, unscanned):
         """Saved on 2x4, read on 1x8, also by a run that does not scan its layers."""
         assert jax.device_count() == 8
-        blueprint, state = self._state(_mesh(2, 4, 1))
+        blueprint, state = self._state(mesh_of(2, 4, 1))
         checkpoints = RunCheckpoints(tmp_path)
         on_disk = state_lib.to_disk(blueprint, state)
         checkpoints.save(3, on_disk, {"step": 3})
         checkpoints.close()
 
-        mesh = _mesh(1, 8, 1)
+        mesh = mesh_of(1, 8, 1)
         other, like = self._state(mesh, seed=1, scan_layers=not unscanned)
         abstract = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),

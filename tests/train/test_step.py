@@ -10,11 +10,12 @@ import pytest
 from checks import tiny, training
 from checks.compare import assert_close
 
-from mil_jax import sharding
 from mil_jax.config import ComputeConfig, OptimizerConfig, StageConfig
 from mil_jax.models.decoder import Blueprint
 from mil_jax.train import state as state_lib
 from mil_jax.train.step import join_pairs, make_loss_fn, make_train_step
+
+from .conftest import mesh_of
 
 
 class TestTargets:
@@ -94,12 +95,7 @@ STACKED = dataclasses.replace(tiny.CONFIGS["mamba"], layer_types=("mamba",) * 2)
 
 def _setup(config, trainable, *, optimizer=None, seed=0, **stage):
     """Returns what a step takes; the teacher is an attention model."""
-    mesh = jax.make_mesh(
-        (1, 1, 1),
-        sharding.MESH_AXES,
-        devices=jax.devices()[:1],
-        axis_types=(jax.sharding.AxisType.Auto,) * 3,
-    )
+    mesh = mesh_of(1, 1, 1)
     stage = StageConfig(
         **({"name": "distill", "kl_weight": 0.1, "packed": True} | stage),
         trainable=trainable,
@@ -134,9 +130,9 @@ IS_TRAINED = {
 }
 
 
-def check_frozen(trainable, config=tiny.CONFIGS["mamba"]):
+def check_frozen(trainable, config=tiny.CONFIGS["mamba"], **stage):
     """Two steps, so that what starts at zero has moved as well."""
-    train_step, (state, frozen, *rest), before = _setup(config, trainable)
+    train_step, (state, frozen, *rest), before = _setup(config, trainable, **stage)
     for _ in range(2):
         state, _ = train_step(state, frozen, *rest)
     training.check_only_trained(before, state, frozen, IS_TRAINED[trainable])
@@ -158,7 +154,7 @@ class TestTrainable:
         """Trained weights are float32 masters, frozen ones are stored narrow."""
         config = tiny.CONFIGS["mamba"]
         blueprint = Blueprint.create(config, ComputeConfig(param_dtype="bfloat16"))
-        mesh = jax.make_mesh((1, 1, 1), sharding.MESH_AXES, devices=jax.devices()[:1])
+        mesh = mesh_of(1, 1, 1)
         state, frozen = state_lib.create(
             blueprint, tiny.params("mamba"), "mamba", optax.sgd(1.0), mesh
         )
@@ -175,7 +171,7 @@ class TestTrainable:
             for name, value in tiny.random_params(config).items()
         }
         blueprint = Blueprint.create(config, ComputeConfig())
-        mesh = jax.make_mesh((1, 1, 1), sharding.MESH_AXES, devices=jax.devices()[:1])
+        mesh = mesh_of(1, 1, 1)
         state, _ = state_lib.create(blueprint, params, "all", optax.sgd(1.0), mesh)
         jax.jit(lambda s: jax.tree.map(lambda a: a + 1, s), donate_argnums=0)(state)
         assert not any(value.is_deleted() for value in params.values())
