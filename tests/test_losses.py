@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from checks import training
 from checks.compare import assert_close
 from jax.extend.core import ClosedJaxpr, Jaxpr
@@ -30,6 +29,7 @@ class TestTokenValues:
         np.testing.assert_allclose(found, [3e4, 3e4])
 
     def test_cross_entropy_against_torch(self):
+        torch = pytest.importorskip("torch")
         logits, labels = _random(40, 17), np.arange(40) % 17
         expected = torch.nn.functional.cross_entropy(
             torch.from_numpy(logits), torch.from_numpy(labels), reduction="none"
@@ -41,6 +41,7 @@ class TestTokenValues:
         training.check_token_kl()
 
     def test_kl_against_torch(self):
+        torch = pytest.importorskip("torch")
         teacher, student = _random(40, 17), _random(40, 17, seed=1)
         log_p, log_q = (
             torch.log_softmax(torch.from_numpy(a), -1) for a in (teacher, student)
@@ -229,6 +230,7 @@ class TestPreferences:
         training.check_dpo_numbers()
 
     def test_against_torch_with_gradients(self):
+        torch = pytest.importorskip("torch")
         arrays = [_random(6, seed=i) * 5 for i in range(4)]
 
         def loss(policy_chosen, policy_rejected):

@@ -315,6 +315,14 @@ MODEL_SLIPS = [
 
 CACHE_SLIPS = [
     slip(
+        "no room for a step at the end of the cache",
+        cache,
+        "init_cache",
+        "max_length + max_step",
+        "max_length",
+        stepping.check_full_cache,
+    ),
+    slip(
         "padding moves the state",
         ssm,
         "_mask_steps",
@@ -413,14 +421,6 @@ CACHE_SLIPS = [
 ]
 
 GENERATION_SLIPS = [
-    slip(
-        "no room for a step at the end of the cache",
-        cache,
-        "init_cache",
-        "max_length + max_step",
-        "max_length",
-        generation.check_full_cache,
-    ),
     slip(
         "prompts read with their padding",
         decode,

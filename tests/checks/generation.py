@@ -135,12 +135,6 @@ def check_limits(kind="attention", k=1):
         check_speculation(kind, kind, k, count=count)
 
 
-def check_full_cache():
-    """The last pass of every row ends at the cache's end."""
-    prompts = tiny.tokens(8, decode.PROMPT_BUCKET - 1).tolist()
-    check_speculation("attention", "attention", 3, prompts=prompts, count=10)
-
-
 VERDICTS = {
     "none": ([1, 1, 1], [2, 3, 4, 5], 0),
     "all": ([2, 3, 4], [2, 3, 4, 5], 3),

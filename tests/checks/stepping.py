@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mil_jax.models.cache import init_cache
+from mil_jax.models import cache
 
 from . import tiny
 from .compare import assert_close
@@ -18,7 +18,7 @@ class Session:
         self.model = model or tiny.model(kind)
         self.reference = tiny.reference(kind)
         self.atol = 1e-4
-        self.cache = init_cache(
+        self.cache = cache.init_cache(
             self.model.config,
             self.model.compute,
             batch=batch,
@@ -102,3 +102,12 @@ def check_chains(kind):
     session.decode(2, [0, 1, 2])
     session.decode(1, [1, 0, 3], commit=False)
     session.decode(1, [1, 1, 1])
+
+
+def check_full_cache():
+    """A step that begins one token before the cache's last keeps what was there."""
+    session = Session("attention", max_length=12)
+    session.prefill([6, 6, 6], 6)
+    session.decode(4, [4, 4, 4])
+    session.decode(4, [1, 1, 1])
+    session.decode(4, [1, 0, 1])

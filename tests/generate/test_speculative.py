@@ -69,10 +69,6 @@ def test_limits_of_answers():
     generation.check_limits()
 
 
-def test_a_cache_that_is_just_long_enough():
-    generation.check_full_cache()
-
-
 def test_rows_do_not_see_each_other():
     """The last row is the same whether the others end early or not at all."""
     eos_ids, expected = generation.some_eos(tiny.reference("mamba"), 10)

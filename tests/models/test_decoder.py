@@ -176,3 +176,7 @@ def test_init_params_fit_and_start_as_published(kind):
     assert (
         params[f"{layer}.out_proj.kernel"] != other[f"{layer}.out_proj.kernel"]
     ).any()
+
+
+def test_a_cache_that_is_just_long_enough():
+    stepping.check_full_cache()

@@ -23,7 +23,6 @@ STAGE = StageConfig(
     batch_size=4,
     length=24,
     packed=True,
-    kl_weight=0.1,
     optimizer=OptimizerConfig(lr=1e-2, warmup_steps=3),
 )
 NUM_STEPS, CHECKPOINT_EVERY = 24, 5
@@ -44,7 +43,6 @@ def records():
 def main(folder):
     mesh = sharding.make_mesh()
     blueprint = Blueprint.create(CONFIG, ComputeConfig())
-    teacher = Blueprint.create(tiny.ATTENTION, ComputeConfig())
     optimizer = state_lib.make_optimizer(STAGE.optimizer, NUM_STEPS)
     state, frozen = state_lib.create(
         blueprint, tiny.random_params(CONFIG), "mamba", optimizer, mesh
@@ -59,7 +57,7 @@ def main(folder):
         pad_id=0,
     )
     train_step = make_train_step(
-        make_loss_fn(STAGE, blueprint, teacher),
+        make_loss_fn(STAGE, blueprint, None),
         optimizer,
         state_lib.make_schedule(STAGE.optimizer, NUM_STEPS),
         mesh=mesh,
@@ -79,7 +77,7 @@ def main(folder):
         checkpoint_every=CHECKPOINT_EVERY,
         mesh=mesh,
     )
-    state = loop.run(state, frozen, teacher.place(tiny.params("attention"), mesh))
+    state = loop.run(state, frozen, None)
     on_disk = state_lib.to_disk(blueprint, state)
     np.savez(folder / "weights.npz", **on_disk.trainable)
 

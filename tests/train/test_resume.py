@@ -19,7 +19,7 @@ def _rows(folder):
         return []
     with file.open(newline="") as lines:
         return [
-            (row["step"], row["loss"], row["kl"], row["grad_norm"])
+            (row["step"], row["loss"], row["grad_norm"])
             for row in csv.DictReader(lines)
         ]
 

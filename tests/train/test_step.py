@@ -141,14 +141,15 @@ def check_frozen(trainable, config=tiny.CONFIGS["mamba"], **stage):
 class TestTrainable:
     @pytest.mark.parametrize("trainable", ["mamba", "not_mlp", "all"])
     def test_frozen_keep_their_bits_and_the_rest_moves(self, trainable):
-        check_frozen(trainable)
+        # One of them with a teacher; without one it compiles faster.
+        check_frozen(trainable, kl_weight=0.1 if trainable == "mamba" else 0.0)
 
     def test_mamba2_stacked(self):
         """The kind is read from the name; one scanned entry stands for two layers."""
         config = dataclasses.replace(
             tiny.CONFIGS["mamba2"], layer_types=("mamba2", "mamba2")
         )
-        check_frozen("mamba", config)
+        check_frozen("mamba", config, kl_weight=0.0)
 
     def test_dtypes(self):
         """Trained weights are float32 masters, frozen ones are stored narrow."""
