@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from unittest import mock
 
 import jax
@@ -20,7 +21,12 @@ TEACHER = dataclasses.replace(tiny.ATTENTION, layer_types=("attention",) * 4)
 def teacher(**changes):
     """Returns params and config."""
     config = dataclasses.replace(TEACHER, **changes)
-    return tiny.random_params(config), config
+    return {name: value.copy() for name, value in _drawn(config).items()}, config
+
+
+@functools.cache
+def _drawn(config):
+    return tiny.random_params(config)
 
 
 def convert(params, config, layers, **kwargs):

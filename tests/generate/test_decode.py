@@ -62,6 +62,7 @@ def test_prompts_are_padded_on_the_right():
     assert batch.lengths.tolist() == [3, 1]
 
 
+@pytest.mark.slow
 def test_sampled_answers_follow_the_model():
     """First and second tokens of many rows; seeds decide."""
     model, reference = sampling.small("mamba2")

@@ -9,6 +9,7 @@ from mil_jax.errors import UserError
 from mil_jax.models import decoder
 
 pytestmark = pytest.mark.usefixtures("strict_jax")
+SSM_KINDS = ["mamba", "mamba2", "pure"]
 every_kind = pytest.mark.parametrize("kind", tiny.CONFIGS)
 
 
@@ -60,7 +61,12 @@ def test_decoding_without_commit(kind):
 @pytest.mark.parametrize(
     ("kind", "first", "second"),
     [
-        ("mamba", {"scan_layers": False}, {"scan_layers": True, "remat": True}),
+        pytest.param(
+            "mamba",
+            {"scan_layers": False},
+            {"scan_layers": True, "remat": True},
+            marks=pytest.mark.slow,
+        ),
         ("mamba2", {"scan_layers": True}, {"scan_layers": False, "remat": True}),
     ],
 )
@@ -136,7 +142,10 @@ def test_wrong_weights_are_refused(change, message):
         tiny.build(tiny.CONFIGS["mamba"], params)
 
 
-@every_kind
+@pytest.mark.parametrize(
+    "kind",
+    ["attention", pytest.param("rich", marks=pytest.mark.slow), *SSM_KINDS],
+)
 def test_bfloat16_is_near_float32(kind):
     # JAX's own attention promotes.
     with jax.numpy_dtype_promotion("standard"):
@@ -151,7 +160,7 @@ def test_bfloat16_gradients_are_near_float32(kind):
         stacking.check_bfloat16_gradients(kind)
 
 
-@pytest.mark.parametrize("kind", ["mamba", "mamba2", "pure"])
+@pytest.mark.parametrize("kind", SSM_KINDS)
 def test_init_params_fit_and_start_as_published(kind):
     config = tiny.CONFIGS[kind]
     params = decoder.init_params(config, jax.random.key(0), "bfloat16")

@@ -47,6 +47,8 @@ MODELS = {
     "qwen2_window": (transformers.Qwen2Config, WINDOW),
     "qwen3": (transformers.Qwen3Config, THETA),
 }
+# What these have, others have too.
+RARE = ("llama_mha", "qwen2_window")
 MAMBA = {
     "vocab_size": tiny.VOCAB,
     "hidden_size": 32,
@@ -77,7 +79,13 @@ def make_model(name):
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=[*MODELS, "mamba"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name in RARE else [])
+        for name in (*MODELS, "mamba")
+    ],
+)
 def pair(request, tmp_path_factory):
     """The transformers model, and ours as imported from what it saved."""
     folder = tmp_path_factory.mktemp(request.param)
