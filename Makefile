@@ -10,10 +10,10 @@ demo: $(STAMP)
 	$(BIN)/python -m mil_jax.demo --config=configs/demo.py --workdir=build/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

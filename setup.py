@@ -8,7 +8,7 @@ CUDA = ["jax[cuda13]>=0.10.2,<0.13"]
 TORCH = ["torch>=2.6"]  # Only for pytorch_model*.bin and for parity tests.
 DATA = ["pyarrow>=17", "tensorflow-datasets>=4.9.8"]
 NOTEBOOKS = ["ipykernel>=6", "nbclient>=0.10", "nbformat>=5.10"]
-DEV = ["hypothesis>=6.100", "pytest>=8", "ruff>=0.12", *NOTEBOOKS]
+DEV = ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", *NOTEBOOKS]
 
 setup(
     name="mil_jax",

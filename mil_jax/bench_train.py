@@ -93,6 +93,7 @@ def time_stage(
         optimizer,
         state_lib.make_schedule(stage.optimizer, 1000),
         mesh=mesh,
+        like=state,
     )
     batches = [
         random_batch(mesh, stage.name, batch, length, hybrid.vocab_size, seed)

@@ -298,6 +298,7 @@ def _train(
         loss_on=stage.loss_on,
         accumulate=stage.accumulate,
         mesh=run.mesh,
+        like=state,
     )
     loop = Loop(
         name=name,

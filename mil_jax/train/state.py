@@ -97,13 +97,16 @@ def create(
     frozen = {n: w for n, w in weights.items() if not is_trainable(n)}
     # The step donates these buffers, which must not be shared with the caller's.
     trained = {n: w.copy() for n, w in weights.items() if is_trainable(n)}
-    opt_state = jax.jit(optimizer.init)(trained)
     replicated = NamedSharding(mesh, PartitionSpec())
-    placed = [
-        leaf if leaf.ndim else jax.device_put(leaf, replicated)
-        for leaf in jax.tree.leaves(opt_state)
-    ]
-    opt_state = jax.tree.unflatten(jax.tree.structure(opt_state), placed)
+    # Moments lie as their weights do: left to the compiler they would all be made on one
+    # device.
+    placements = jax.tree.map(
+        lambda _: replicated, jax.eval_shape(optimizer.init, trained)
+    )
+    placements = _map_weights(
+        placements, trained, lambda _: {n: w.sharding for n, w in trained.items()}
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=placements)(trained)
     step = jax.device_put(jnp.int32(0), replicated)
     return TrainState(step, trained, opt_state), frozen
 

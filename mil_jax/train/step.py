@@ -133,6 +133,7 @@ def make_train_step(
     loss_on: str = "answers",
     accumulate: int = 1,
     mesh: Mesh | None = None,
+    like: TrainState | None = None,
 ) -> TrainStep:
     """Returns the jitted step; its state argument is donated.
 
@@ -143,6 +144,7 @@ def make_train_step(
         loss_on: As in the stage.
         accumulate: Micro-batches; the gradients are those of the whole batch.
         mesh: Devices over which activations are split.
+        like: A state whose placement every new state keeps; None leaves it to the compiler.
     """
 
     def gradients(
@@ -169,7 +171,11 @@ def make_train_step(
         )
         return jax.lax.scan(add, zeros, micros)[0]
 
-    @functools.partial(jax.jit, donate_argnums=(0,))
+    kept = {}
+    if like is not None:
+        kept["out_shardings"] = (jax.tree.map(lambda leaf: leaf.sharding, like), None)
+
+    @functools.partial(jax.jit, donate_argnums=(0,), **kept)
     def train_step(
         state: TrainState, frozen: Weights, teacher: Weights | None, batch: Batch
     ) -> tuple[TrainState, Metrics]:

@@ -14,6 +14,7 @@ from mil_jax.checkpoint.orbax_io import RunCheckpoints
 from mil_jax.config import ComputeConfig, OptimizerConfig
 from mil_jax.models.decoder import Blueprint
 from mil_jax.train import state as state_lib
+from mil_jax.train.step import make_loss_fn, make_train_step
 
 from .conftest import mesh_of
 
@@ -116,6 +117,53 @@ class TestOptimizer:
             sum((np.asarray(g, np.float64) ** 2).sum() for g in moved.values())
         )
         assert_close(metrics["grad_norm"], norm, atol=1e-4)
+
+
+class TestPlacement:
+    """On eight devices; the root conftest makes them."""
+
+    @pytest.mark.parametrize("sizes", [(2, 4, 1), (1, 4, 2)])
+    def test_moments_lie_as_their_weights_before_and_after_a_step(self, sizes):
+        mesh = mesh_of(*sizes)
+        config = tiny.CONFIGS["mamba"]
+        blueprint = Blueprint.create(config, ComputeConfig())
+        optimizer = state_lib.make_optimizer(OptimizerConfig(lr=1e-3), 10)
+        state, frozen = state_lib.create(
+            blueprint, tiny.params("mamba"), "all", optimizer, mesh
+        )
+        step_fn = make_train_step(
+            make_loss_fn(training.StageConfig(name="sft"), blueprint, None),
+            optimizer,
+            state_lib.make_schedule(OptimizerConfig(lr=1e-3), 10),
+            mesh=mesh,
+            like=state,
+        )
+        self._check(state)
+        rows = np.tile(tiny.tokens(1, 16), (8, 1))
+        batch = {
+            "tokens": rows,
+            "loss_mask": np.ones_like(rows, bool),
+            "segment_ids": np.ones_like(rows),
+        }
+        state, _ = step_fn(state, frozen, None, batch)
+        self._check(state)
+
+    def _check(self, state):
+        moments = [
+            node
+            for node in jax.tree.leaves(
+                state.opt_state, is_leaf=lambda node: isinstance(node, dict)
+            )
+            if isinstance(node, dict)
+        ]
+        assert len(moments) == 2
+        assert any(not w.is_fully_replicated for w in state.trainable.values())
+        for name, weight in state.trainable.items():
+            for moment in moments:
+                same = moment[name].sharding.is_equivalent_to(
+                    weight.sharding, weight.ndim
+                )
+                assert same, name
 
 
 class TestDisk:
