@@ -4,7 +4,8 @@ python -m mil_jax.demo --config=configs/demo.py --workdir=build/demo
 
 Runs every stage of the config, then compares student and teacher on held-out tasks and plain
 with speculative decoding. Leaves report.json and losses.png in the workdir; a second start
-goes on where the first one stopped.
+goes on where the first one stopped. With --out the report is also recorded beside the
+versions and the machine that gave it.
 """
 
 import json
@@ -19,6 +20,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from mil_jax import benchmarking
 from mil_jax import evaluate as evaluation
 from mil_jax.checkpoint import models
 from mil_jax.checkpoint.hf_import import Checkpoint
@@ -38,6 +40,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/demo.py", "File with all stages.")
 _WORKDIR = flags.DEFINE_string("workdir", "build/demo", "Folder of the run.")
+_OUT = flags.DEFINE_string("out", None, "JSON file that records the report as a row.")
 
 STAGES = ("pseudo_labels", "distill", "sft", "dpo", "draft", "export")
 DRAFT_TOKENS = 4
@@ -66,6 +69,9 @@ def main(argv: Sequence[str]) -> None:
     report["seconds_by_stage"] = clock.seconds
     path = workdir.path / "report.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
+    if _OUT.value:
+        row = {"config": Path(_CONFIG.value).stem} | report
+        benchmarking.record(Path(_OUT.value), row, ("config",))
     plot = _plot(workdir, report)
     Console().print(_table(report))
     print(f"report {path}\nplot   {plot}\nmodel  {workdir.stage('export')}")
@@ -183,7 +189,8 @@ def _show(
         texts = (
             tokenizer.decode(row[i], skip_special_tokens=True) for row in (plain, fast)
         )
-        table.add_row(chats[i][-2]["content"], *texts)
+        asked = [m["content"] for m in chats[i] if m["role"] == "user"]
+        table.add_row("\n".join(asked), *texts)
     console.print(table)
 
 

@@ -63,13 +63,13 @@ def evaluate(
         for chat, answer in zip(chats, answers, strict=False):
             text = tokenizer.decode(answer, skip_special_tokens=True)
             right += text.strip() == chat[-1]["content"].strip()
-        batch_nll, batch_tokens = _answer_nll(model, tokenizer, filled, len(chats))
+        batch_nll, batch_tokens = answer_nll(model, tokenizer, filled, len(chats))
         nll, tokens = nll + batch_nll, tokens + batch_tokens
     count = len(conversations)
     return Scores(right / count, math.exp(nll / max(tokens, 1.0)), count)
 
 
-def _answer_nll(
+def answer_nll(
     model: HybridLM, tokenizer: Tokenizer, chats: Sequence[Conversation], used: int
 ) -> tuple[float, float]:
     """Returns the summed nats and the number of answer tokens of the first `used` chats."""
