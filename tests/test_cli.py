@@ -167,7 +167,7 @@ class TestStages:
         (tmp_path / "sft" / "data").mkdir()
         message = _error(*args, "--config.stage.optimizer.lr=0.5")
         assert message == (
-            f"{tmp_path}/sft holds work of another config: stage.optimizer.lr was 0.001, "
+            f"{tmp_path}/sft holds work of another config: stage.optimizer.lr was 0.0002, "
             "now 0.5; choose another --workdir, or delete that folder to start over"
         )
 
