@@ -247,9 +247,9 @@ def _plot(workdir: Workdir, report: dict[str, Any]) -> Path:
         values = [report[f"{who}_exact_match"], 1 / report[f"{who}_ppl"]]
         bars = axes[3].bar(np.arange(2) + offset, values, 0.4, label=who)
         axes[3].bar_label(bars, fmt="%.3f")
-    axes[3].set(title="held-out tasks", ylim=(0, 1.15))
+    axes[3].set(title="held-out tasks", ylim=(0, 1.3))
     axes[3].set_xticks(range(2), names)
-    axes[3].legend(loc="lower center")
+    axes[3].legend(loc="upper center", ncols=2)
     path = workdir.path / "losses.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)
