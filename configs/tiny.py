@@ -1,4 +1,4 @@
-"""Every stage of the demo in two steps: rehearses commands, tests and notebooks.
+"""Every stage of the demo in at most two steps: rehearses commands, tests and notebooks.
 
 python -m mil_jax.bench_train --config=configs/tiny.py:stage=distill --shape=tiny
 """

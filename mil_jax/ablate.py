@@ -92,7 +92,7 @@ def run_variant(
         shutil.copytree(labels, workdir.stage("pseudo_labels"))
     run_stage(dataclasses.replace(distill, conversion=conversion), folder)
     run_stage(evaluate, folder)
-    folders = sorted(workdir.stage("distill").glob("step_*"))
+    folders = workdir.conversion_steps()
     losses = {}
     for i, step in enumerate([*folders, workdir.stage("distill")]):
         rows = read_metrics(step / METRICS_FILE)

@@ -20,8 +20,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from mil_jax import benchmarking, sharding, surgery
-from mil_jax.cli import run_app
-from mil_jax.config import RunConfig, from_config_dict
+from mil_jax.cli import read_config, run_app
+from mil_jax.config import RunConfig
 from mil_jax.errors import UserError
 from mil_jax.models import decoder
 from mil_jax.models.decoder import Blueprint
@@ -36,7 +36,7 @@ _SHAPE = flags.DEFINE_enum("shape", "llama3_8b", sorted(SHAPES), "Teacher's shap
 _NAME = flags.DEFINE_string("name", None, "Row's name; default shape, mixer and share.")
 _BATCH = flags.DEFINE_integer("batch", 2, "Rows of a step.")
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens of a row.")
-_STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.")
+_STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "JSON file that gets the row.")
 
 NUM_BATCHES = 4
@@ -45,15 +45,13 @@ NUM_BATCHES = 4
 def main(argv: Sequence[str]) -> None:
     """Times one config and prints or records its row."""
     del argv
-    if _CONFIG.value is None:
-        raise UserError("flag --config is missing; see --help")
-    config = from_config_dict(RunConfig, _CONFIG.value.to_dict())
+    config = read_config(_CONFIG)
     row = time_stage(config, _SHAPE.value, _BATCH.value, _LENGTH.value, _STEPS.value)
     if _NAME.value:
         row["config"] = _NAME.value
     print({**row, "device": jax.devices()[0].device_kind})
     if _OUT.value:
-        key = ("config", "stage", "batch", "length", "devices")
+        key = ("config", "stage", "batch", "length", "devices", "implementation")
         benchmarking.record(Path(_OUT.value), row, key)
 
 

@@ -34,7 +34,10 @@ def record(path: Path, row: Mapping[str, Any], key: tuple[str, ...]) -> None:
     row = {**row, "commit": header["commit"], "date": header["date"]}
     rows = [r for r in found["rows"] if any(r.get(k) != row[k] for k in key)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**header, "rows": [*rows, row]}, indent=2) + "\n")
+    # Renamed when whole, so that a kill never costs the rows of earlier runs.
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({**header, "rows": [*rows, row]}, indent=2) + "\n")
+    partial.replace(path)
 
 
 def _commit() -> str:

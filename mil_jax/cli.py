@@ -20,10 +20,15 @@ from mil_jax.errors import UserError
 def run_app(entry: Callable[[Sequence[str]], None]) -> None:
     """Runs `entry` under absl; user errors become one line and exit status 2."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+    def run(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
+        _set_up_logging()
+        entry(argv)
+
     try:
-        app.run(
-            lambda argv: (_set_up_logging(), entry(argv))[-1], flags_parser=_parse_flags
-        )
+        app.run(run, flags_parser=_parse_flags)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -132,6 +137,10 @@ def load_config_module(path: Path) -> ModuleType:
     if not path.is_file():
         raise UserError(f"config {path} does not exist; run from the repository's root")
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None:
+        raise UserError(
+            f"config {path} is no Python file; give one such as configs/demo.py"
+        )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

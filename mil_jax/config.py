@@ -299,6 +299,15 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Checks that no value turns a step round."""
+        rates = ("lr", "warmup_steps", "warmup_fraction", "end_fraction")
+        for name in (*rates, "eps", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise UserError(
+                    f"optimizer.{name} is {getattr(self, name)}; it must be at least 0"
+                )
+
 
 StageName = Literal[
     "pretrain", "pseudo_labels", "distill", "sft", "dpo", "draft", "export", "evaluate"
@@ -380,6 +389,10 @@ class StageConfig:
                 raise UserError(
                     f"stage.{name} is {getattr(self, name)}; it must be at least 1"
                 )
+        if self.max_steps < 0:
+            raise UserError(
+                f"stage.max_steps is {self.max_steps}; 0 runs through all the data"
+            )
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"stage.accumulate ({self.accumulate}) does not divide stage.batch_size "

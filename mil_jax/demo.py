@@ -60,8 +60,6 @@ def main(argv: Sequence[str]) -> None:
         )
 
     for stage in STAGES:
-        if stage == "export" and workdir.stage("export").is_dir():
-            continue
         clock.time(stage, lambda stage=stage: run_stage(config_of(stage), workdir.path))
     report = clock.time(
         "evaluate", lambda: _compare(config_of("evaluate"), workdir, Console())
@@ -94,7 +92,9 @@ class _Clock:
             spent = time.perf_counter() - start
             self.seconds[stage] = round(self.seconds.get(stage, 0.0) + spent, 1)
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(self.seconds))
+            partial = self._path.with_suffix(".partial")
+            partial.write_text(json.dumps(self.seconds))
+            partial.replace(self._path)
 
 
 def _compare(config: RunConfig, workdir: Workdir, console: Console) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _compare(config: RunConfig, workdir: Workdir, console: Console) -> dict[str,
         built["student"],
         built["draft"],
         tokenizer,
-        [chats[i][:-1] for i in range(config.stage.batch_size)],
+        [chats[i][:-1] for i in range(min(config.stage.batch_size, len(chats)))],
         config.stage.max_new_tokens,
     )
     _show(console, tokenizer, chats, answers["plain"], answers["speculative"])
@@ -226,8 +226,7 @@ def _plot(workdir: Workdir, report: dict[str, Any]) -> Path:
     """Draws the losses of the three stages, and student against teacher."""
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), layout="constrained")
     runs = {
-        "stage 1: distill": sorted(workdir.stage("distill").glob("step_*"))
-        + [workdir.stage("distill")],
+        "stage 1: distill": workdir.conversion_steps() + [workdir.stage("distill")],
         "stage 2: SFT": [workdir.stage("sft")],
         "stage 3: DPO": [workdir.stage("dpo")],
     }

@@ -24,8 +24,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 def main(argv: Sequence[str]) -> None:
     """Runs the stage."""
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
+    del argv
     config = cli.read_config(_CONFIG)
     if not _WORKDIR.value:
         raise UserError("flag --workdir is missing; see --help")

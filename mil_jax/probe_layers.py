@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     config = read_config(_CONFIG)
     teacher = models.load(config.teacher)
-    tokenizer = load_tokenizer(config.tokenizer or teacher.source)
+    tokenizer = load_tokenizer(models.resolve(config.tokenizer or teacher.source))
     held_out = sources.conversations(config.data.evaluation)
     chats = [held_out[i] for i in range(min(_COUNT.value, len(held_out)))]
     rows = []

@@ -68,7 +68,7 @@ def attention_to_mamba(
         UserError: A layer index is out of range or given twice, a state-space layer would
             turn back into attention, or sizes do not fit.
     """
-    chosen = _check_layers(config, ssm_layers)
+    chosen = check_layers(config, ssm_layers)
     ssm = _ssm_config(config, mixer, d_state, d_conv)
     kinds = list(config.layer_types)
     new = [i for i in chosen if kinds[i] == "attention"]
@@ -119,7 +119,12 @@ def aligned_channels(config: ModelConfig, d_state: int) -> np.ndarray:
     return by_head.transpose(0, 2, 1, 3).reshape(-1)
 
 
-def _check_layers(config: ModelConfig, ssm_layers: Sequence[int]) -> list[int]:
+def check_layers(config: ModelConfig, ssm_layers: Sequence[int]) -> list[int]:
+    """Returns the layers to convert, sorted.
+
+    Raises:
+        UserError: A layer is out of range, named twice, or would be attention again.
+    """
     for i in ssm_layers:
         if not 0 <= i < config.n_layers:
             raise UserError(
@@ -150,7 +155,7 @@ def _ssm_config(
             )
         return config.ssm
     state = config.head_dim if mixer == "mamba2" else d_state
-    if config.head_dim % state:
+    if state < 1 or config.head_dim % state:
         raise UserError(
             f"d_state {state} does not divide the teacher's head_dim {config.head_dim}"
         )
@@ -204,11 +209,11 @@ def keep_layers(
     if not layers:
         raise UserError("stage.draft_layers is empty; name the layers the draft keeps")
     if len(set(layers)) < len(layers):
-        raise UserError(f"draft_layers {tuple(layers)} names a layer twice")
+        raise UserError(f"stage.draft_layers {tuple(layers)} names a layer twice")
     for i in layers:
         if not 0 <= i < config.n_layers:
             raise UserError(
-                f"draft_layers holds {i}, but the model has layers 0 to "
+                f"stage.draft_layers holds {i}, but the model has layers 0 to "
                 f"{config.n_layers - 1}"
             )
     new_index = {str(old): new for new, old in enumerate(layers)}

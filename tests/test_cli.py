@@ -164,7 +164,7 @@ class TestStages:
         """And an unfinished stage may be left and taken up."""
         args = (CONFIG + ":stage=sft", f"--workdir={tmp_path}")
         assert "run stage=distill first" in _error(*args)
-        (tmp_path / "sft" / "data").mkdir()
+        (tmp_path / "sft" / "checkpoints").mkdir()
         message = _error(*args, "--config.stage.optimizer.lr=0.5")
         assert message == (
             f"{tmp_path}/sft holds work of another config: stage.optimizer.lr was 0.0002, "

@@ -13,6 +13,7 @@ from mil_jax.config import (
     ConversionConfig,
     DataConfig,
     ModelConfig,
+    OptimizerConfig,
     RopeScaling,
     RunConfig,
     SSMConfig,
@@ -230,6 +231,16 @@ class TestRunConfig:
     def test_sizes_are_positive(self, key, value):
         with pytest.raises(UserError, match=f"stage.{key} is {value}; it must be at"):
             StageConfig(name="sft", **{key: value})
+
+    def test_no_number_of_steps_below_zero(self):
+        with pytest.raises(UserError, match="stage.max_steps is -1; 0 runs through"):
+            StageConfig(name="sft", max_steps=-1)
+
+    @pytest.mark.parametrize("key", ["lr", "clip_norm", "warmup_fraction"])
+    def test_no_optimizer_that_climbs(self, key):
+        values = {"lr": 1e-3} | {key: -1.0}
+        with pytest.raises(UserError, match=f"optimizer.{key} is -1.0; it must be at"):
+            OptimizerConfig(**values)
 
     def test_kernel_of_auto_is_none(self):
         assert ComputeConfig().kernel is None

@@ -35,7 +35,7 @@ ASSETS = (
     "vocab.json",
     "merges.txt",
 )
-_GENERATION_CONFIG = "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 
 
 def save(
@@ -158,15 +158,15 @@ def _json_files(
     embedding = tensors[0].params["embed.embedding"]
     name = np.dtype(dtype or embedding.dtype).name
     generation: dict[str, Any] = {"_from_model_config": True}
-    if assets is not None and (assets / _GENERATION_CONFIG).is_file():
-        generation = read_json(assets / _GENERATION_CONFIG)
+    if assets is not None and (assets / GENERATION_CONFIG).is_file():
+        generation = read_json(assets / GENERATION_CONFIG)
     for key, value in hf_config.token_ids(config).items():
         generation.pop(key, None)
         if value is not None:
             generation[key] = value
     files = {
         "config.json": hf_config.to_hf(config, name),
-        _GENERATION_CONFIG: generation,
+        GENERATION_CONFIG: generation,
     }
     if config.is_hybrid:
         files[MAMBA_CONFIG] = hf_config.to_mamba_config(config)

@@ -87,7 +87,10 @@ def local_folder(path_or_id: str | os.PathLike[str]) -> Path:
         (".", "/", "~")
     )
     if looks_like_path or name.count("/") > 1 or not name:
-        raise UserError(f"no such folder: {name!r}")
+        raise UserError(
+            f"no such folder: {name!r}; give a folder with a checkpoint or a hub id "
+            "such as meta-llama/Meta-Llama-3-8B-Instruct"
+        )
     return _download(name)
 
 

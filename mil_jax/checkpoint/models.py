@@ -25,7 +25,7 @@ def load(path_or_id: str | Path) -> Checkpoint:
         UserError: It cannot be found or read; see `hf_import.load`.
     """
     name = resolve(path_or_id)
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_dir() and orbax_io.is_model_dir(path):
         config, params = orbax_io.load_model(path)
         return Checkpoint(config, params, path)

@@ -21,20 +21,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mil_jax.array_types import Params
+from mil_jax.checkpoint.hf_export import ASSETS, GENERATION_CONFIG
 from mil_jax.config import ModelConfig, model_config_from_dict, model_config_to_dict
 from mil_jax.errors import UserError
 
 CONFIG_FILE = "model_config.json"
 WEIGHTS = "weights"
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+# What a model needs besides its weights to be used and exported.
+TOKENIZER_FILES = (*ASSETS, GENERATION_CONFIG)
 
 
 def is_model_dir(path: Path) -> bool:

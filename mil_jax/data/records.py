@@ -115,6 +115,15 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     return from_config_dict(Manifest, values, path=str(path))
 
 
+def holds_records(directory: str | os.PathLike[str]) -> bool:
+    """Returns whether a folder has finished shards, or is complete without any."""
+    path = Path(directory)
+    if not (path / MANIFEST).exists():
+        return any(path.glob("*.array_record"))
+    manifest = read_manifest(path)
+    return bool(manifest.counts) or manifest.complete
+
+
 def shard_path(directory: str | os.PathLike[str], index: int) -> Path:
     """Returns the path of a finished shard."""
     return Path(directory) / f"shard-{index:05d}.array_record"
@@ -159,7 +168,12 @@ class RecordWriter:
         self._writer: ArrayRecordWriter | None = None
         self._pending = 0
         self._directory.mkdir(parents=True, exist_ok=True)
-        if (self._directory / MANIFEST).exists():
+        has_manifest = (self._directory / MANIFEST).exists()
+        if has_manifest and not holds_records(self._directory):
+            # A writer that failed at its first record leaves the folder to anyone.
+            self._save(Manifest(kind, fingerprint))
+            self._temporary.unlink(missing_ok=True)
+        elif has_manifest:
             self._manifest = read_manifest(self._directory)
             self._check_same(fingerprint, kind)
             self._temporary.unlink(missing_ok=True)

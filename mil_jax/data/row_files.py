@@ -6,6 +6,7 @@ import gzip
 import json
 import mmap
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -85,7 +86,7 @@ class JsonLines:
         if path.name.endswith(".gz"):
             try:
                 self._data = gzip.decompress(path.read_bytes())
-            except (EOFError, gzip.BadGzipFile) as error:
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise UserError(f"{path} is no whole gzip file: {error}") from error
         elif path.stat().st_size:
             with path.open("rb") as file:

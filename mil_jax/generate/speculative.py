@@ -30,7 +30,8 @@ class SpeculationStats:
         steps: Target passes per row (the prompt's own not counted), [B].
         accepted_at: Of all passes, how many accepted the draft's token at position i, [K].
         num_steps: Passes over all rows.
-        tokens_per_step: Tokens gained by a pass, mean over all rows and passes, at most K+1.
+        tokens_per_step: Tokens of the answers by pass, mean over all rows and passes, at most
+            K+1. Tokens past an EOS or the limit do not count.
     """
 
     steps: np.ndarray
@@ -288,7 +289,7 @@ def _generate(
             steps=c.steps + is_live.astype(jnp.int32),
             accepted_at=c.accepted_at
             + jnp.sum(accepted_at & is_live[:, None], axis=0, dtype=jnp.int32),
-            gained=c.gained + kept,
+            gained=c.gained + emitted,
         )
 
     end = jax.lax.while_loop(lambda c: ~jnp.all(c.done), advance, start)

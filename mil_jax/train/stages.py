@@ -44,11 +44,9 @@ from mil_jax.models.decoder import Blueprint, HybridLM
 from mil_jax.train import state as state_lib
 from mil_jax.train.loop import Loop
 from mil_jax.train.step import make_loss_fn, make_train_step
-from mil_jax.train.workdir import Workdir
+from mil_jax.train.workdir import DATA, Workdir
 
 log = logging.getLogger(__name__)
-
-DATA = "data"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +108,14 @@ def _pretrain(run: Run) -> Path:
 
 def _pseudo_labels(run: Run) -> Path:
     """Writes the teacher's answers to `data.prompts`."""
-    if jax.process_count() > 1:
-        raise UserError(
-            "pseudo_labels runs in one process: start it on one node, without "
-            "--distributed"
-        )
+    _check_one_process(run)
     config, stage = run.config, run.config.stage
     folder = run.workdir.claim("pseudo_labels", config)
+    spec = _wanted(config.data.prompts, "prompts", "pseudo_labels")
+    prompts = sources.prompts(spec)
     teacher = models.load(config.teacher)
+    _check_steps(run, teacher)
     tokenizer = _tokenizer(run, teacher)
-    prompts = sources.prompts(_wanted(config.data.prompts, "prompts", "pseudo_labels"))
     sampling = Sampling(stage.temperature, stage.top_k, stage.top_p)
     pseudo_labels.write(
         _for_generation(run, teacher),
@@ -151,8 +147,10 @@ def _distill(run: Run) -> Path:
         )
     if not config.conversion.steps:
         raise UserError("conversion.steps is empty; name the layers to convert")
+    run.workdir.check_labels(config)
     data = RecordSource(labels)
     start = models.load(config.stage.start_from or config.teacher)
+    _check_steps(run, start)
     tokenizer = _tokenizer(run, start)
     last = len(config.conversion.steps) - 1
     for i, layers in enumerate(config.conversion.steps):
@@ -163,6 +161,24 @@ def _distill(run: Run) -> Path:
         path = _train(run, name, path, student, data, tokenizer)
         start = models.load(path) if i < last else start
     return path
+
+
+def _check_one_process(run: Run) -> None:
+    if jax.process_count() > 1:
+        raise UserError(
+            f"{run.config.stage.name} runs in one process: start it on one node, without "
+            "--distributed"
+        )
+
+
+def _check_steps(run: Run, start: Checkpoint) -> None:
+    """Finds a wrong layer before anything is answered or trained."""
+    steps = run.config.conversion.steps
+    for i, layers in enumerate(steps):
+        try:
+            surgery.check_layers(start.config, layers)
+        except UserError as error:
+            raise UserError(f"conversion.steps[{i}]: {error}") from None
 
 
 def _convert(
@@ -224,8 +240,17 @@ def _draft(run: Run) -> Path:
 
 def _export(run: Run) -> Path:
     """Writes the newest model as a Hugging Face folder."""
-    model = models.load(run.config.stage.start_from or run.workdir.newest())
+    _check_one_process(run)
+    source = run.config.stage.start_from or run.workdir.newest()
     path = run.workdir.stage("export")
+    if path.is_dir() and Path(source).is_dir():
+        if path.stat().st_mtime >= Path(source).stat().st_mtime:
+            log.info("export is finished: %s", path)
+            return path
+        raise UserError(
+            f"{path} is older than {source}; remove it to export the newer model"
+        )
+    model = models.load(source)
     hf_export.save(path, model.config, model.params, assets_from=model.source)
     log.info("exported %s to %s", model.source, path)
     return path
@@ -233,6 +258,7 @@ def _export(run: Run) -> Path:
 
 def _evaluate(run: Run) -> Path:
     """Scores the newest model on `data.evaluation`."""
+    _check_one_process(run)
     config = run.config
     path = config.stage.start_from or run.workdir.newest()
     model = models.load(path)
@@ -318,6 +344,8 @@ def _train(
     orbax_io.save_model(
         path, start.config, blueprint.unstack(weights), assets_from=start.source
     )
+    if run.config.tokenizer and jax.process_index() == 0:
+        tokenizer.save_pretrained(path)  # The one that the model was trained with.
     return path
 
 
@@ -345,7 +373,14 @@ def _teacher(
 def _tokenizer(run: Run, model: Checkpoint) -> Tokenizer:
     """Returns the configured tokenizer, else the one that lies with the model."""
     name = run.config.tokenizer
-    return load_tokenizer(models.resolve(name) if name else model.source)
+    tokenizer = load_tokenizer(models.resolve(name) if name else model.source)
+    size = model.config.vocab_size
+    if (tokenizer.pad_token_id or 0) >= size:
+        raise UserError(
+            f"the tokenizer pads with token {tokenizer.pad_token_id}, but the model has "
+            f"{size} tokens; give a tokenizer whose pad token is one of them"
+        )
+    return tokenizer
 
 
 def _for_generation(run: Run, model: Checkpoint) -> HybridLM:

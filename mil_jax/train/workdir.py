@@ -9,9 +9,12 @@ import jax
 
 from mil_jax.checkpoint import orbax_io
 from mil_jax.config import RunConfig
+from mil_jax.data.records import holds_records
 from mil_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
+# Records of a stage, in its folder.
+DATA = "data"
 
 # May differ between a run and its continuation: none changes what is computed.
 _FREE = {
@@ -34,11 +37,16 @@ class Workdir:
     """Folders of one workdir: `<stage>/`, and in it `model/` once the stage is done."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path = path.expanduser()
 
     def stage(self, name: str) -> Path:
         """Returns the folder of a stage."""
         return self.path / name
+
+    def conversion_steps(self) -> list[Path]:
+        """Returns the folders of distill's steps before the last, in order."""
+        folders = self.stage("distill").glob("step_*")
+        return sorted(folders, key=lambda folder: int(folder.name.split("_")[1]))
 
     def model(self, name: str) -> Path:
         """Returns the folder of a stage's finished model."""
@@ -65,7 +73,7 @@ class Workdir:
         file = folder / CONFIG_FILE
         wanted = _binding(dataclasses.asdict(config))
         wanted = json.loads(json.dumps(wanted))
-        has_work = any(entry.name != CONFIG_FILE for entry in folder.iterdir())
+        has_work = any(map(_is_work, folder.iterdir()))
         if not (has_work and file.exists()):
             partial = file.with_suffix(".partial")
             partial.write_text(json.dumps(wanted, indent=2) + "\n")
@@ -84,6 +92,24 @@ class Workdir:
                 "choose another --workdir, or delete that folder to start over"
             )
         return folder
+
+    def check_labels(self, config: RunConfig) -> None:
+        """Checks that the pseudo-labels are of the config's teacher, tokenizer and prompts.
+
+        Raises:
+            UserError: They are not; training on them would fit another model's answers.
+        """
+        file = self.stage("pseudo_labels") / CONFIG_FILE
+        if not file.exists():
+            return  # Labels that were not made here.
+        found = _label_keys(json.loads(file.read_text()))
+        wanted = _label_keys(json.loads(json.dumps(dataclasses.asdict(config))))
+        if difference := _first_difference(found, wanted):
+            key, old, new = difference
+            raise UserError(
+                f"{file.parent} holds labels of another config: {key} was {old!r}, now "
+                f"{new!r}; give stage distill the same, or choose another --workdir"
+            )
 
     def start_of(self, name: str, override: str) -> str:
         """Returns the folder or id of the model that a stage starts from.
@@ -120,6 +146,21 @@ class Workdir:
             f"{self.path} holds no finished model; run a stage first or set "
             "stage.start_from"
         )
+
+
+def _is_work(entry: Path) -> bool:
+    """Returns whether something in a stage's folder would be lost or mixed up."""
+    if entry.name == DATA and entry.is_dir():
+        return holds_records(entry)
+    return entry.name != CONFIG_FILE
+
+
+def _label_keys(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "teacher": config["teacher"],
+        "tokenizer": config["tokenizer"],
+        "data": {"prompts": config["data"]["prompts"]},
+    }
 
 
 def _binding(values: Any, path: tuple[str, ...] = ()) -> Any:

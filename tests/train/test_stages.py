@@ -6,6 +6,7 @@ packaged teacher with Mamba-2.
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -287,9 +288,55 @@ class TestAgain:
         assert str(chain.path / "sft") in str(error.value)
         assert _contents(chain.path) == before
 
-    def test_export_is_not_overwritten(self, chain):
-        with pytest.raises(UserError, match="is not empty; choose another folder or"):
-            run_stage(config_of("export", chain.teacher), chain.path)
+    def test_export_is_not_overwritten(self, chain, tmp_path):
+        """Again it is left as it is; a newer model is not written over it."""
+        work = shutil.copytree(chain.path, tmp_path / "work")
+        before = _contents(work / "export")
+        config = config_of("export", chain.teacher)
+        assert run_stage(config, work) == work / "export"
+        later = (work / "export").stat().st_mtime + 10
+        os.utime(work / "dpo" / "model", (later, later))
+        with pytest.raises(UserError, match="export is older than .*model; remove it"):
+            run_stage(config, work)
+        assert _contents(work / "export") == before
+
+    def test_labels_of_another_teacher_or_of_other_prompts_are_refused(
+        self, chain, tmp_path
+    ):
+        work = shutil.copytree(chain.path, tmp_path / "work")
+        shutil.rmtree(work / "distill")
+        for teacher, change, name in (
+            (chain.teacher, {"data__prompts": "demo:train:0:3"}, "data.prompts"),
+            ("elsewhere", {}, "teacher"),
+        ):
+            config = config_of("distill", teacher, **change)
+            with pytest.raises(
+                UserError, match=f"labels of another config: {name} was"
+            ):
+                run_stage(config, work)
+
+    @pytest.mark.parametrize("stage", ["pseudo_labels", "distill"])
+    def test_a_layer_out_of_range_is_found_first(self, chain, tmp_path, stage):
+        steps = ((0,), (0, 99))
+        config = config_of(stage, chain.teacher, conversion__steps=steps)
+        if stage == "distill":
+            shutil.copytree(chain.path / "pseudo_labels", tmp_path / "pseudo_labels")
+        with pytest.raises(UserError, match=r"conversion.steps\[1\]: .*holds 99"):
+            run_stage(config, tmp_path)
+        assert not list(tmp_path.rglob("metrics.csv"))
+
+    def test_a_failed_first_row_binds_the_folder_to_nothing(self, chain, tmp_path):
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("not JSON\n")
+        config = config_of("pseudo_labels", chain.teacher, data__prompts=str(rows))
+        with pytest.raises(UserError):
+            run_stage(config, tmp_path / "work")
+        assert (tmp_path / "work/pseudo_labels/data/manifest.json").exists()
+        rows = tmp_path / "right.jsonl"
+        rows.write_text('{"prompt": "Add 1 and 2."}\n')
+        config = config_of("pseudo_labels", chain.teacher, data__prompts=str(rows))
+        run_stage(config, tmp_path / "work")
+        assert len(RecordSource(tmp_path / "work/pseudo_labels/data")) == 1
 
     def test_unfinished_stage_goes_on(self, chain, tmp_path, monkeypatch):
         """The model of a finished run is missing: it is saved again from the checkpoint."""
@@ -399,8 +446,8 @@ class TestRefused:
             run_stage(config_of("pseudo_labels", "/nope"), tmp_path)
         with pytest.raises(AssertionError, match="work was done"):
             run_stage(config_of("pseudo_labels", chain.teacher), tmp_path)
-        # By now there are records, which belong to that config.
-        with pytest.raises(UserError, match="teacher was"):
+        # Still without a record: the folder belongs to no config.
+        with pytest.raises(UserError, match="no such folder"):
             run_stage(config_of("pseudo_labels", "/nope"), tmp_path)
 
     def test_damaged_note_of_the_config(self, chain, tmp_path):
