@@ -5,9 +5,13 @@ from typing import Literal
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.causal_conv import reference, xla
+from pallas_kernels.causal_conv import pallas_triton, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla.causal_conv, "reference": reference.causal_conv}
+IMPLEMENTATIONS = {
+    "pallas_triton": pallas_triton.causal_conv,
+    "xla": xla.causal_conv,
+    "reference": reference.causal_conv,
+}
 
 
 def causal_conv(

@@ -2,8 +2,9 @@
 
 from pallas_kernels.multi_step.api import (
     Pending,
+    conv_multi_step,
     selective_multi_step,
     ssd_multi_step,
 )
 
-__all__ = ["Pending", "selective_multi_step", "ssd_multi_step"]
+__all__ = ["Pending", "conv_multi_step", "selective_multi_step", "ssd_multi_step"]

@@ -2,18 +2,25 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.multi_step import reference, xla
+from pallas_kernels.multi_step import pallas_triton, reference, xla
 
 SELECTIVE_IMPLEMENTATIONS = {
+    "pallas_triton": pallas_triton.selective_multi_step,
     "xla": xla.selective_multi_step,
     "reference": reference.selective_multi_step,
 }
 SSD_IMPLEMENTATIONS = {
+    "pallas_triton": pallas_triton.ssd_multi_step,
     "xla": xla.ssd_multi_step,
     "reference": reference.ssd_multi_step,
+}
+CONV_IMPLEMENTATIONS = {
+    "pallas_triton": pallas_triton.conv_multi_step,
+    "xla": xla.conv_multi_step,
+    "reference": reference.conv_multi_step,
 }
 
 
@@ -42,6 +49,8 @@ def selective_multi_step(
     D: Float[Array, " E"] | None = None,
     z: Float[Array, "B T E"] | None = None,
     dt_bias: Float[Array, " E"] | None = None,
+    is_active: Bool[Array, " B"] | None = None,
+    commit: bool = True,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T E"], Float[Array, "B E N"]]:
     """Returns the new tokens' outputs and the state after the pending tokens only.
@@ -65,11 +74,15 @@ def selective_multi_step(
       D: Skip weights.
       z: Gate, before its silu.
       dt_bias: Added to both `dt` before the softplus.
+      is_active: Rows that take part, all if None. The others' y is zero and their state
+        stays as it is; a kernel reads nothing else of them.
+      commit: False to keep h_i: the second result is then `state` and nothing writes
+        h_j.
       implementation: None for the fastest that runs here; a name for that one or an
         error.
 
     Returns:
-      y in x.dtype and h_j in float32.
+      y in x.dtype and h_j, in float32.
 
     Raises:
       ValueError: A shape disagrees, or the implementation's name is unknown.
@@ -90,6 +103,7 @@ def selective_multi_step(
         ("pending.dt", pending.dt, "B S E", (batch, slots, channels)),
         ("pending.B", pending.B, "B S GB N", (batch, slots, groups, n)),
         ("num_pending", num_pending, "B", (batch,)),
+        ("is_active", is_active, "B", (batch,)),
         ("dt", dt, "B T E", (batch, tokens, channels)),
         ("A", A, "E N", (channels, n)),
         ("B", B, "B T GB N", (batch, tokens, groups, n)),
@@ -116,6 +130,8 @@ def selective_multi_step(
         D=D,
         z=z,
         dt_bias=dt_bias,
+        is_active=is_active,
+        commit=commit,
     )
 
 
@@ -131,6 +147,8 @@ def ssd_multi_step(
     *,
     D: Float[Array, " H"] | None = None,
     dt_bias: Float[Array, " H"] | None = None,
+    is_active: Bool[Array, " B"] | None = None,
+    commit: bool = True,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H P"], Float[Array, "B H N P"]]:
     """Returns the new tokens' outputs and the state after the pending tokens only.
@@ -149,11 +167,15 @@ def ssd_multi_step(
       C: Output maps of the heads.
       D: Skip weights.
       dt_bias: Added to both `dt` before the softplus.
+      is_active: Rows that take part, all if None. The others' y is zero and their state
+        stays as it is; a kernel reads nothing else of them.
+      commit: False to keep h_i: the second result is then `state` and nothing writes
+        h_j.
       implementation: None for the fastest that runs here; a name for that one or an
         error.
 
     Returns:
-      y in x.dtype and h_j in float32.
+      y in x.dtype and h_j, in float32.
 
     Raises:
       ValueError: A shape disagrees, or the implementation's name is unknown.
@@ -174,6 +196,7 @@ def ssd_multi_step(
         ("pending.dt", pending.dt, "B S H", (batch, slots, heads)),
         ("pending.B", pending.B, "B S K N", (batch, slots, groups, n)),
         ("num_pending", num_pending, "B", (batch,)),
+        ("is_active", is_active, "B", (batch,)),
         ("dt", dt, "B T H", (batch, tokens, heads)),
         ("A", A, "H", (heads,)),
         ("B", B, "B T K N", (batch, tokens, groups, n)),
@@ -196,4 +219,84 @@ def ssd_multi_step(
         C,
         D=D,
         dt_bias=dt_bias,
+        is_active=is_active,
+        commit=commit,
+    )
+
+
+def conv_multi_step(
+    window: Float[Array, "B W-1 C"],
+    pending: Float[Array, "B S C"],
+    num_pending: Int[Array, " B"],
+    x: Float[Array, "B T C"],
+    kernel: Float[Array, "W F"],
+    bias: Float[Array, " F"],
+    *,
+    group: int | None = None,
+    is_active: Bool[Array, " B"] | None = None,
+    commit: bool = True,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T F"], Float[Array, "B W-1 C"]]:
+    """Returns the new tokens after the short convolution and its window before them.
+
+    The convolution's part of MultiStep (2408.15237 Sec. 4.2, Alg. 2): the window moves
+    on over the first `num_pending` pending tokens; from there the T new ones run through
+    `causal_conv` with its silu.
+
+    Args:
+      window: The W - 1 inputs before the pending tokens, the latest one last.
+      pending: Inputs of S tokens since, S >= 0.
+      num_pending: How many of them each row keeps, in [0, S]. Out of range is clamped:
+        this is traced, so it cannot raise.
+      x: Inputs of the new tokens.
+      kernel: Taps; `kernel[W - 1]` multiplies the current token.
+      bias: Added before the silu.
+      group: Grouped-query expansion: each `group` channels of the inputs are repeated
+        F / C times, consecutively. All of them if None.
+      is_active: Rows that take part, all if None. The others' y is zero and their
+        window stays as it is; a kernel reads nothing else of them.
+      commit: False to keep the window: the second result is then `window`.
+      implementation: None for the fastest that runs here; a name for that one or an
+        error.
+
+    Returns:
+      y in x.dtype and the moved window in its own dtype.
+
+    Raises:
+      ValueError: A shape disagrees, or the implementation's name is unknown.
+      NotImplementedError: The named implementation does not run here.
+    """
+    op = "conv_multi_step"
+    checks.check_rank(op, "x", x, "B T C")
+    checks.check_rank(op, "kernel", kernel, "W F")
+    checks.check_rank(op, "pending", pending, "B S C")
+    batch, _, channels = x.shape
+    width, outputs = kernel.shape
+    for name, value, letters, expected in (
+        ("window", window, "B W-1 C", (batch, width - 1, channels)),
+        ("pending", pending, "B S C", (batch, pending.shape[1], channels)),
+        ("num_pending", num_pending, "B", (batch,)),
+        ("is_active", is_active, "B", (batch,)),
+        ("bias", bias, "F", (outputs,)),
+    ):
+        checks.check_shape(op, name, value, letters, expected)
+    group = channels if group is None else group
+    checks.check_groups(op, "x", channels // group, channels)
+    if outputs % channels:
+        raise ValueError(
+            f"{op}: kernel has {outputs} channels, no multiple of the {channels} of x"
+        )
+    return dispatch.run(
+        op,
+        CONV_IMPLEMENTATIONS,
+        implementation,
+        window,
+        pending,
+        num_pending,
+        x,
+        kernel,
+        bias,
+        group=group,
+        is_active=is_active,
+        commit=commit,
     )

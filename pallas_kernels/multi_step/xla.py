@@ -7,6 +7,8 @@ products over all the tokens at once.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.causal_conv import xla as xla_conv
+from pallas_kernels.multi_step.rows import settle
 from pallas_kernels.ssd import chunked as ssd_chunked
 
 
@@ -23,7 +25,9 @@ def _is_replayed(slots, num_pending):
     return slot[None, :] < num_pending.astype(jnp.int32)[:, None]
 
 
-def selective_multi_step(state, pending, num_pending, x, dt, A, B, C, *, D, z, dt_bias):
+def selective_multi_step(
+    state, pending, num_pending, x, dt, A, B, C, *, D, z, dt_bias, is_active, commit
+):
     """Returns (y, state_j); see `api.selective_multi_step` for the arguments."""
     f32 = jnp.float32
     channels = x.shape[2]
@@ -38,7 +42,7 @@ def selective_multi_step(state, pending, num_pending, x, dt, A, B, C, *, D, z, d
     replayed = _is_replayed(slots, num_pending)[:, :, None]
     # A step size of zero leaves the state as it is.
     old_dt = jnp.where(replayed, _step_sizes(pending.dt, dt_bias), 0.0)
-    state = state.astype(f32)
+    before = state = state.astype(f32)
     for s in range(slots):
         state = advance(state, pending.x[:, s], old_dt[:, s], pending.B[:, s])
     dt = _step_sizes(dt, dt_bias)
@@ -52,10 +56,12 @@ def selective_multi_step(state, pending, num_pending, x, dt, A, B, C, *, D, z, d
         y = y + D.astype(f32)[None, None, :] * x.astype(f32)
     if z is not None:
         y = y * jax.nn.silu(z.astype(f32))
-    return y.astype(x.dtype), state
+    return settle(y.astype(x.dtype), state, before, is_active, commit)
 
 
-def ssd_multi_step(state, pending, num_pending, x, dt, A, B, C, *, D, dt_bias):
+def ssd_multi_step(
+    state, pending, num_pending, x, dt, A, B, C, *, D, dt_bias, is_active, commit
+):
     """Returns (y, state_j); see `api.ssd_multi_step` for the arguments.
 
     The pending tokens and the new ones are one chunk each, so the state is read twice
@@ -77,7 +83,8 @@ def ssd_multi_step(state, pending, num_pending, x, dt, A, B, C, *, D, dt_bias):
             (batch, 1), jnp.int32
         )
 
-    h = state.astype(f32).reshape(batch, 1, *by_group, n, width)
+    before = state.astype(f32)
+    h = before.reshape(batch, 1, *by_group, n, width)
     slots = pending.x.shape[1]
     if slots:
         old_x, old_dt, old_B = pending
@@ -104,4 +111,39 @@ def ssd_multi_step(state, pending, num_pending, x, dt, A, B, C, *, D, dt_bias):
         dt_bias,
     )
     y = y.reshape(batch, tokens, heads, width).astype(x.dtype)
-    return y, h.reshape(batch, heads, n, width)
+    return settle(y, h.reshape(before.shape), before, is_active, commit)
+
+
+def conv_multi_step(
+    window, pending, num_pending, x, kernel, bias, *, group, is_active, commit
+):
+    """Returns (y, window_j); see `api.conv_multi_step` for the arguments."""
+    y, after = convolve(
+        xla_conv.causal_conv, window, pending, num_pending, x, kernel, bias, group
+    )
+    return settle(y, after, window, is_active, commit)
+
+
+def convolve(conv, window, pending, num_pending, x, kernel, bias, group):
+    """Moves the windows on and runs a convolution from there on repeated channels."""
+    slots, size = pending.shape[1], window.shape[1]
+    seen = jnp.concatenate([window, pending.astype(window.dtype)], axis=1)
+    start = jnp.clip(num_pending, 0, slots).astype(jnp.int32)
+    take = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size))
+    after = take(seen, start)
+
+    def repeat(value):
+        repeats = kernel.shape[1] // x.shape[2]
+        groups = value.reshape(*value.shape[:2], -1, 1, group)
+        shape = (*groups.shape[:3], repeats, group)
+        return jnp.broadcast_to(groups, shape).reshape(*value.shape[:2], -1)
+
+    y = conv(
+        repeat(x),
+        kernel,
+        bias,
+        initial_window=repeat(after),
+        segment_ids=None,
+        activation="silu",
+    )
+    return y, after

@@ -3,9 +3,10 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.selective_scan import chunked, reference
+from pallas_kernels.selective_scan import chunked, pallas_triton, reference
 
 IMPLEMENTATIONS = {
+    "pallas_triton": pallas_triton.selective_scan,
     "xla_chunked": chunked.selective_scan,
     "reference": reference.selective_scan,
 }

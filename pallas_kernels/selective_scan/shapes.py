@@ -22,6 +22,7 @@ SMALL = {
     "one_group": Shape(1, 63, 9, 4, 1, 1),
     "gqa_packed": Shape(2, 63, 24, 4, 2, 6, segments=4),
     "long": Shape(1, 500, 8, 4, 2, 4),
+    "many_channels": Shape(1, 9, 160, 4, 1, 5),
 }
 
 # For benchmarks and tests on an accelerator.

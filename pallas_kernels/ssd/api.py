@@ -3,9 +3,13 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.ssd import chunked, reference
+from pallas_kernels.ssd import chunked, pallas_triton, reference
 
-IMPLEMENTATIONS = {"xla_chunked": chunked.ssd, "reference": reference.ssd}
+IMPLEMENTATIONS = {
+    "pallas_triton": pallas_triton.ssd,
+    "xla_chunked": chunked.ssd,
+    "reference": reference.ssd,
+}
 
 
 def ssd(

@@ -8,6 +8,9 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from pallas_kernels import gpu
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +18,12 @@ def strict_jax():
     """No silent promotion of dtypes or ranks."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Triton kernels run without a GPU, as plain JAX."""
+    monkeypatch.setattr(gpu, "INTERPRET", True)
 
 
 def _assert_close(actual, expected, tolerance, name="value"):
@@ -193,3 +202,25 @@ def _directional_errors(function, pulled_back, inputs, cotangents, rng):
 @pytest.fixture
 def directional_errors():
     return _directional_errors
+
+
+GPUS = {"sm_80": "NVIDIA A100-SXM4-80GB", "sm_90": "NVIDIA H200"}
+
+
+@pytest.fixture(params=GPUS)
+def lower_for_cuda(request):
+    """Lowers a function for a GPU that need not be there; returns the program's text.
+
+    Interpret mode accepts much that the compiler of kernels does not.
+    """
+    device = AbstractDevice(
+        device_kind=GPUS[request.param], num_cores=None, platform="cuda"
+    )
+
+    def lower(function, *args, **kwargs):
+        mesh = AbstractMesh((1,), ("x",), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            traced = jax.jit(function).trace(*args, **kwargs)
+            return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    return lower

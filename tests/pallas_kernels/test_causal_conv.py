@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.causal_conv import api, causal_conv, shapes
+from pallas_kernels import gpu
+from pallas_kernels.causal_conv import api, causal_conv, pallas_triton, shapes
 
 OTHERS = [name for name in api.IMPLEMENTATIONS if name != "reference"]
 
@@ -15,6 +16,17 @@ OTHERS = [name for name in api.IMPLEMENTATIONS if name != "reference"]
 quick_jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )
+
+
+pytestmark = pytest.mark.usefixtures("interpreted", "small_blocks")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Kernels in small pieces: quick to compile, with many borders between them."""
+    blocks = pallas_triton.Blocks(values=1, warps=1, steps=2, chunk=8)
+    monkeypatch.setattr(pallas_triton, "FORWARD", blocks)
+    monkeypatch.setattr(pallas_triton, "BACKWARD", blocks)
 
 
 def make_inputs(shape, *, options=True, seed=0):
@@ -180,3 +192,23 @@ def test_shape_errors(name, size, message):
 def test_unknown_activation():
     with pytest.raises(ValueError, match="activation is 'gelu', expected 'silu'"):
         causal_conv(jnp.zeros((1, 2, 3)), jnp.zeros((4, 3)), activation="gelu")
+
+
+@pytest.mark.parametrize("length", [5, 137])
+def test_blocks_as_they_are(length, monkeypatch, assert_tree_close):
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu, "INTERPRET", True)
+    inputs, cotangent = make_inputs(shapes.Shape(1, length, 130, 4))
+    expected = pull_back("reference", inputs, None, cotangent)
+    found = pull_back("pallas_triton", inputs, None, cotangent)
+    assert_tree_close(found, expected, 1e-5)
+
+
+def test_kernels_pass_over_what_they_cannot_run(monkeypatch):
+    x, kernel = jnp.ones((1, 2, 3)), jnp.ones((9, 3))
+    with pytest.raises(NotImplementedError, match="9 taps are more than 8"):
+        causal_conv(x, kernel, implementation="pallas_triton")
+    monkeypatch.setattr(gpu, "INTERPRET", False)
+    with pytest.raises(NotImplementedError, match="needs a CUDA GPU, this is a cpu"):
+        causal_conv(x, kernel[:4], implementation="pallas_triton")
+    assert np.isfinite(causal_conv(x, kernel)).all()

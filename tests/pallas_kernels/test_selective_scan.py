@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
-from pallas_kernels.selective_scan import api, reference, selective_scan, shapes
+from pallas_kernels.selective_scan import (
+    api,
+    pallas_triton,
+    reference,
+    selective_scan,
+    shapes,
+)
 
 OTHERS = [name for name in api.IMPLEMENTATIONS if name != "reference"]
 BF16_INPUTS = ("x", "dt", "B", "C", "z")
@@ -18,6 +24,17 @@ BF16_INPUTS = ("x", "dt", "B", "C", "z")
 quick_jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """Off a GPU the kernel is interpreted, fewer steps unrolled: it compiles sooner."""
+    if jax.default_backend() != "gpu":
+        kernel = functools.partial(pallas_triton.selective_scan, interpret=True)
+        monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_triton", kernel)
+        monkeypatch.setattr(pallas_triton.kernels, "BLOCK", 8)
+        monkeypatch.setattr(pallas_triton.kernels, "FORWARD_STEPS", 1)
+        monkeypatch.setattr(pallas_triton.kernels, "BACKWARD_STEPS", 1)
 
 
 def make_inputs(shape, *, options=True, seed=0):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.ssd import api, chunked, shapes, ssd
+from pallas_kernels.ssd import api, chunked, pallas_triton, shapes, ssd
 
 OTHERS = [name for name in api.IMPLEMENTATIONS if name != "reference"]
 BF16_INPUTS = ("x", "dt", "B", "C")
@@ -16,6 +16,12 @@ BF16_INPUTS = ("x", "dt", "B", "C")
 quick_jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """Kernels run without a GPU, as plain JAX."""
+    monkeypatch.setattr(pallas_triton, "INTERPRET", jax.default_backend() != "gpu")
 
 
 def make_inputs(shape, *, options=True, seed=0):
@@ -43,8 +49,7 @@ def make_inputs(shape, *, options=True, seed=0):
     return inputs, cotangents
 
 
-@functools.partial(quick_jit, static_argnames="implementation")
-def pull_back(implementation, inputs, ids, cotangents):
+def scan_and_pull_back(implementation, inputs, ids, cotangents):
     """Outputs and the gradient of every float input."""
 
     def scan(inputs):
@@ -52,6 +57,9 @@ def pull_back(implementation, inputs, ids, cotangents):
 
     outputs, vjp = jax.vjp(scan, inputs)
     return outputs, vjp(cotangents)[0]
+
+
+pull_back = quick_jit(scan_and_pull_back, static_argnames="implementation")
 
 
 @functools.partial(quick_jit, static_argnames="implementation")
@@ -184,6 +192,35 @@ class TestEveryImplementation:
 
         expected = pull_back(implementation, inputs, ids, cotangents)
         assert_tree_close(mapped(inputs), expected, 2e-6)
+
+
+COMPILED = {
+    "paper_8b": shapes.LARGE["paper_8b_packed"]._replace(batch=1),
+    "in_parts": shapes.Shape(1, 4096, 1, 2, 128, 128),
+    "small_heads": shapes.Shape(2, 500, 2, 4, 64, 64, segments=3),
+    "mha": shapes.Shape(2, 63, 3, 3, 64, 128),
+    "odd_sizes": shapes.SMALL["gqa_packed"],
+    "one_token": shapes.SMALL["one_token"],
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_kernel(name, dtype, make_segments, assert_tree_close):
+    shape = COMPILED[name]
+    inputs, (dy, dh) = make_inputs(shape)
+    ids = make_segments(np.random.default_rng(1), *shape[:2], shape.segments)
+    low = {
+        k: jnp.asarray(v, dtype) if k in BF16_INPUTS else v for k, v in inputs.items()
+    }
+    dy = jnp.asarray(dy, dtype)
+    run = jax.jit(scan_and_pull_back, static_argnums=0)
+    actual = run("pallas_triton", low, ids, (dy, dh))
+    up, up_dy = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), (low, dy))
+    expected = run("reference", up, ids, (up_dy, dh))
+    assert_tree_close(actual, expected, 1e-5 if dtype == "float32" else 1e-2)
 
 
 @pytest.mark.parametrize("chunk_size", [20, 64])

@@ -1,0 +1,330 @@
+"""What the benchmark runs: each operation at its named shapes, and its least cost."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.causal_conv import api as conv_api
+from pallas_kernels.causal_conv import shapes as conv_shapes
+from pallas_kernels.multi_step import api as multi_step_api
+from pallas_kernels.multi_step import shapes as multi_step_shapes
+from pallas_kernels.selective_scan import api as selective_api
+from pallas_kernels.selective_scan import shapes as selective_shapes
+from pallas_kernels.ssd import api as ssd_api
+from pallas_kernels.ssd import shapes as ssd_shapes
+
+# Relative errors in norm of bfloat16 values against the reference in float32.
+TOLERANCE = {"forward": 1e-2, "forward_backward": 2e-2}
+
+
+class Peaks(NamedTuple):
+    """What a device can do in a second."""
+
+    bandwidth: float  # bytes, as its maker states it
+    exps: float  # exponentials
+    flops: float  # bfloat16 matrix products
+
+
+# Exponentials: 16 a clock and multiprocessor. Matrix products: measured on an H200, its
+# share of the stated rate taken for the others.
+PEAKS = {
+    "H200": Peaks(4.8e12, 4.2e12, 780e12),
+    "H100": Peaks(3.35e12, 4.2e12, 780e12),
+    "A100": Peaks(2.04e12, 2.4e12, 250e12),
+}
+
+
+class Cost(NamedTuple):
+    """The least that an operation moves and computes; the largest term is its floor.
+
+    Bytes count every input read once and every output written once. In a backward pass
+    the inputs are read again and the exponentials, which nobody can keep, computed
+    again.
+    """
+
+    bytes: float
+    exps: float = 0.0
+    flops: float = 0.0
+
+    def floor_ms(self, peaks: Peaks | None) -> float | None:
+        """Returns the floor on a device, None on one that is not in `PEAKS`."""
+        if peaks is None:
+            return None
+        return 1e3 * max(
+            self.bytes / peaks.bandwidth,
+            self.exps / peaks.exps,
+            self.flops / peaks.flops,
+        )
+
+
+class Case(NamedTuple):
+    """One operation at one shape.
+
+    Attributes:
+      op: Name of the operation.
+      shape: Name of the shape.
+      make: From a key to the inputs, a dict; floats in it are differentiated.
+      make_small: The same for the comparison with the reference.
+      call: From the inputs and an implementation's name to the outputs.
+      implementations: Names, the reference among them.
+      costs: Least cost by pass; passes that are not in it are not timed.
+      donated: Inputs that a call may overwrite, as its caller in a model lets it.
+      tolerance: Largest relative error in norm of a value, and with gradients.
+    """
+
+    op: str
+    shape: str
+    make: Callable[[jax.Array], dict[str, Any]]
+    make_small: Callable[[jax.Array], dict[str, Any]]
+    call: Callable[[dict[str, Any], str], Any]
+    implementations: Sequence[str]
+    costs: dict[str, Cost]
+    donated: tuple[str, ...] = ()
+    tolerance: dict[str, float] = TOLERANCE
+
+
+def _normals(key: jax.Array, **sizes: Any) -> dict[str, jax.Array]:
+    """Random values by name: bfloat16, or float32 for a size that ends in None."""
+    made = {}
+    for name, size in sizes.items():
+        key, here = jax.random.split(key)
+        dtype = jnp.float32 if size[-1] is None else jnp.bfloat16
+        size = tuple(s for s in size if s is not None)
+        made[name] = jax.random.normal(here, size, dtype)
+    return made
+
+
+def _decays(value: jax.Array) -> jax.Array:
+    """Continuous-time rates as a trained model has them, from normal values."""
+    return -jnp.exp(value)
+
+
+def _small(shape: Any) -> Any:
+    """A shape that the reference can differentiate in a second."""
+    return shape._replace(batch=min(shape.batch, 2), length=min(shape.length, 384))
+
+
+def selective_scan_case(name: str) -> Case:
+    """Returns the selective scan at one of its shapes, gate and skip fused."""
+    shape = selective_shapes.LARGE[name]
+
+    def maker(s):
+        def make(key):
+            b, length, e, n = s.batch, s.length, s.d_inner, s.d_state
+            made = _normals(
+                key,
+                x=(b, length, e),
+                dt=(b, length, e),
+                A=(e, n, None),
+                B=(b, length, s.B_groups, n),
+                C=(b, length, s.C_groups, n),
+                D=(e, None),
+                z=(b, length, e),
+                dt_bias=(e, None),
+            )
+            return made | {"A": _decays(made["A"])} | _segments(s, key)
+
+        return make
+
+    def call(inputs, implementation):
+        return selective_api.selective_scan(**inputs, implementation=implementation)
+
+    tokens = shape.batch * shape.length
+    channels = 2 * tokens * shape.d_inner
+    maps = 2 * tokens * (shape.B_groups + shape.C_groups) * shape.d_state
+    exps = tokens * shape.d_inner * (shape.d_state + 2)
+    # Forward: x, dt, z in, y out. Backward: those and dy in, dx, ddt, dz out.
+    costs = {
+        "forward": Cost(4 * channels + maps, exps),
+        "forward_backward": Cost(11 * channels + 3 * maps, 2 * exps),
+    }
+    small = maker(_small(shape))
+    names = selective_api.IMPLEMENTATIONS
+    return Case("selective_scan", name, maker(shape), small, call, tuple(names), costs)
+
+
+def ssd_case(name: str) -> Case:
+    """Returns the SSD scan at one of its shapes."""
+    shape = ssd_shapes.LARGE[name]
+
+    def maker(s):
+        def make(key):
+            b, length, k, n = s.batch, s.length, s.kv_heads, s.d_state
+            made = _normals(
+                key,
+                x=(b, length, k, s.head_dim),
+                dt=(b, length, s.heads),
+                A=(s.heads, None),
+                B=(b, length, k, n),
+                C=(b, length, s.heads, n),
+                D=(s.heads, None),
+                dt_bias=(s.heads, None),
+            )
+            return made | {"A": _decays(made["A"])} | _segments(s, key)
+
+        return make
+
+    def call(inputs, implementation):
+        return ssd_api.ssd(**inputs, implementation=implementation)
+
+    tokens = shape.batch * shape.length
+    n, width = shape.d_state, shape.head_dim
+    grouped = 2 * tokens * shape.kv_heads * (width + n)
+    headed = 2 * tokens * shape.heads * (width + n)
+    # In chunks of 64: half of the scores count, each with N + P products; the state takes
+    # N P to update and N P to read.
+    flops = 2 * tokens * shape.heads * (32 * (width + n) + 2 * n * width)
+    costs = {
+        "forward": Cost(grouped + headed, 0.0, flops),
+        "forward_backward": Cost(3 * (grouped + headed), 0.0, 3 * flops),
+    }
+    small = maker(_small(shape))
+    return Case(
+        "ssd", name, maker(shape), small, call, tuple(ssd_api.IMPLEMENTATIONS), costs
+    )
+
+
+def causal_conv_case(name: str) -> Case:
+    """Returns the convolution at one of its shapes, bias and silu fused."""
+    shape = conv_shapes.LARGE[name]
+
+    def maker(s):
+        def make(key):
+            c = s.channels
+            made = _normals(
+                key,
+                x=(s.batch, s.length, c),
+                kernel=(s.width, c, None),
+                bias=(c, None),
+            )
+            return made | _segments(s, key)
+
+        return make
+
+    def call(inputs, implementation):
+        return conv_api.causal_conv(
+            **inputs, activation="silu", implementation=implementation
+        )
+
+    values = shape.batch * shape.length * shape.channels
+    # A silu is one exponential. Forward: x in, y out. Backward: x and dy in, dx out.
+    costs = {
+        "forward": Cost(4 * values, values),
+        "forward_backward": Cost(10 * values, 2 * values),
+    }
+    small = maker(_small(shape))
+    names = tuple(conv_api.IMPLEMENTATIONS)
+    return Case("causal_conv", name, maker(shape), small, call, names, costs)
+
+
+def _segments(shape: Any, key: jax.Array) -> dict[str, jax.Array]:
+    """Segment ids of a packed shape by name, nothing for one segment."""
+    if shape.segments == 1:
+        return {}
+    at = jax.random.randint(key, (shape.batch, shape.segments - 1), 1, shape.length)
+    position = jnp.arange(shape.length, dtype=jnp.int32)[None, :, None]
+    ids = jnp.sum(position >= at[:, None, :], axis=-1, dtype=jnp.int32)
+    return {"segment_ids": ids}
+
+
+def multi_step_case(name: str) -> Case:
+    """Returns MultiStep with all pending tokens accepted."""
+    if name.startswith("ssd_"):
+        return _ssd_multi_step_case(name)
+    slots, s = multi_step_shapes.LARGE[name]
+    b, tokens, e, n = s.batch, s.length, s.d_inner, s.d_state
+
+    def make(key):
+        made = _normals(
+            key,
+            state=(b, e, n, None),
+            old_x=(b, slots, e),
+            old_dt=(b, slots, e),
+            old_B=(b, slots, s.B_groups, n),
+            x=(b, tokens, e),
+            dt=(b, tokens, e),
+            A=(e, n, None),
+            B=(b, tokens, s.B_groups, n),
+            C=(b, tokens, s.C_groups, n),
+            D=(e, None),
+            z=(b, tokens, e),
+            dt_bias=(e, None),
+        )
+        made["A"] = _decays(made["A"])
+        return made | {"num_pending": jnp.full((b,), slots, jnp.int32)}
+
+    call = _multi_step_call(multi_step_api.selective_multi_step)
+    maps = slots * s.B_groups + tokens * (s.B_groups + s.C_groups)
+    numbers = b * (2 * slots * e + 4 * tokens * e + maps * n)
+    cost = Cost(
+        4 * (2 * b * e * n + e * n + 2 * e) + 2 * numbers,
+        b * e * (slots * (n + 1) + tokens * (n + 2)),
+    )
+    names = tuple(multi_step_api.SELECTIVE_IMPLEMENTATIONS)
+    costs = {"forward": cost}
+    return Case("multi_step", name, make, make, call, names, costs, ("state",))
+
+
+def _ssd_multi_step_case(name: str) -> Case:
+    slots, s = multi_step_shapes.LARGE_SSD[name.removeprefix("ssd_")]
+    b, tokens, k, heads = s.batch, s.length, s.kv_heads, s.heads
+    width, n = s.head_dim, s.d_state
+
+    def make(key):
+        made = _normals(
+            key,
+            state=(b, heads, n, width, None),
+            old_x=(b, slots, k, width),
+            old_dt=(b, slots, heads),
+            old_B=(b, slots, k, n),
+            x=(b, tokens, k, width),
+            dt=(b, tokens, heads),
+            A=(heads, None),
+            B=(b, tokens, k, n),
+            C=(b, tokens, heads, n),
+            D=(heads, None),
+            dt_bias=(heads, None),
+        )
+        made["A"] = _decays(made["A"])
+        return made | {"num_pending": jnp.full((b,), slots, jnp.int32)}
+
+    call = _multi_step_call(multi_step_api.ssd_multi_step)
+    kept = 2 * b * heads * n * width
+    numbers = (slots + tokens) * k * (width + n) + tokens * heads * (width + n)
+    cost = Cost(4 * kept + 2 * b * numbers)
+    names = tuple(multi_step_api.SSD_IMPLEMENTATIONS)
+    costs = {"forward": cost}
+    return Case("multi_step", name, make, make, call, names, costs, ("state",))
+
+
+def _multi_step_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(inputs, implementation):
+        inputs = dict(inputs)
+        pending = multi_step_api.Pending(
+            *(inputs.pop(n) for n in ("old_x", "old_dt", "old_B"))
+        )
+        return function(pending=pending, **inputs, implementation=implementation)
+
+    return call
+
+
+OPS: dict[str, tuple[Callable[[str], Case], Sequence[str], Sequence[str]]] = {
+    # Name: the maker of cases, all shapes, and those timed when none is named.
+    "selective_scan": (
+        selective_scan_case,
+        tuple(selective_shapes.LARGE),
+        ("paper_8b",),
+    ),
+    "ssd": (ssd_case, tuple(ssd_shapes.LARGE), ("paper_8b",)),
+    "causal_conv": (causal_conv_case, tuple(conv_shapes.LARGE), ("paper_8b",)),
+    "multi_step": (
+        multi_step_case,
+        (
+            *multi_step_shapes.LARGE,
+            *(f"ssd_{name}" for name in multi_step_shapes.LARGE_SSD),
+        ),
+        ("mamba_2_8b_k1", "mamba_2_8b_k4", "mamba_2_8b_k8"),
+    ),
+}

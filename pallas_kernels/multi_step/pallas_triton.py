@@ -1,0 +1,456 @@
+"""MultiStep as one Triton kernel per mixer, for CUDA GPUs (Ampere and Hopper).
+
+One program takes some channels (Mamba-1) or some columns of a head's state (Mamba-2) of
+one row through all the tokens, with its part of the state in registers. A call lasts
+microseconds, so latency is what counts: every load is issued before the first is used.
+Nothing that decides where to read therefore depends on `num_pending`: all the pending
+tokens are loaded, and those past the row's count get a step size of zero.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels import gpu
+from pallas_kernels.dispatch import UnsupportedError
+
+# Tokens are unrolled, so this bounds registers and time to compile.
+MAX_TOKENS = 40
+# Values of the Mamba-1 state that one thread keeps: one 16-byte load.
+VALUES = 4
+# Columns of a Mamba-2 head's state that one program keeps, and the smallest product.
+COLUMNS = 32
+MIN_DOT = 16
+# Input channels that one program of the convolution takes.
+CONV_BLOCK = 32
+# softplus of this is exactly zero.
+NO_STEP = -1e9
+
+
+def _check_runs(op: str, tokens: int, *arrays: jax.Array) -> None:
+    """Raises UnsupportedError unless the kernel runs on the arrays here."""
+    gpu.check_platform()
+    if tokens > MAX_TOKENS:
+        raise UnsupportedError(f"{tokens} tokens are more than {MAX_TOKENS}")
+    for dtype in {a.dtype for a in arrays}:
+        if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            raise UnsupportedError(f"{op} does not take {dtype}")
+
+
+def _power_of_two(size: int, least: int = 1) -> int:
+    return max(least, 1 << (size - 1).bit_length())
+
+
+class _Part(NamedTuple):
+    """Positions along one axis and which of them the array has (None: all)."""
+
+    at: jax.Array
+    inside: jax.Array | None
+
+    @classmethod
+    def create(cls, start, count: int, size: int) -> "_Part":
+        at = start + jnp.arange(count, dtype=jnp.int32)
+        return cls(at, None if size % count == 0 else at < size)
+
+
+def _spread(rows: _Part, columns: _Part):
+    """Row and column numbers of a tile and its mask."""
+    shape = (rows.at.shape[0], columns.at.shape[0])
+    i = jnp.broadcast_to(rows.at[:, None], shape)
+    j = jnp.broadcast_to(columns.at[None, :], shape)
+    masks = [
+        jnp.broadcast_to(m, shape)
+        for m in (
+            None if rows.inside is None else rows.inside[:, None],
+            None if columns.inside is None else columns.inside[None, :],
+        )
+        if m is not None
+    ]
+    return i, j, functools.reduce(jnp.logical_and, masks) if masks else None
+
+
+def _read(ref, index, mask, other=0.0):
+    return plt.load(ref.at[index], mask=mask, other=None if mask is None else other)
+
+
+def _load(ref, index, mask, other=0.0):
+    return _read(ref, index, mask, other).astype(jnp.float32)
+
+
+def _tokens(refs):
+    """Pending slots and new tokens; there is no array of no slots."""
+    slots = refs["old_x"].shape[1] if "old_x" in refs else 0
+    return slots, refs["x"].shape[1]
+
+
+def _when_active(refs, row, work, skip):
+    """Runs `work`, or `skip` for a row that is not active."""
+    if "is_active" not in refs:
+        work()
+        return
+    is_active = refs["is_active"][row] != 0
+    pl.when(is_active)(work)
+    pl.when(jnp.logical_not(is_active))(skip)
+
+
+def _selective_kernel(*refs, names, channels, states):
+    """Some channels of one row: h [channels, states] through all the tokens."""
+    refs = dict(zip(names, refs, strict=True))
+    row = pl.program_id(1)
+    d_inner, n = refs["A"].shape
+    slots, tokens = _tokens(refs)
+    e = _Part.create(pl.program_id(0) * channels, channels, d_inner)
+    i, j, mask = _spread(e, _Part.create(0, states, n))
+
+    def vector(name, *index):
+        return _load(refs[name], (*index, e.at), e.inside)
+
+    def optional(name, *index):
+        return vector(name, *index) if name in refs else None
+
+    def maps(name, token):
+        group = i // (d_inner // refs[name].shape[2])
+        return _load(refs[name], (row, token, group, j), mask)
+
+    def work():
+        count = refs["num_pending"][row]
+        bias, skip = optional("dt_bias"), optional("D")
+        A = _load(refs["A"], (i, j), mask) * gpu.LOG2_E
+        h = _load(refs["state"], (row, i, j), mask)
+        old = [
+            (vector("old_x", row, s), vector("old_dt", row, s), maps("old_B", s))
+            for s in range(slots)
+        ]
+        new = [
+            (vector("x", row, t), vector("dt", row, t), maps("B", t), maps("C", t))
+            for t in range(tokens)
+        ]
+        gates = [optional("z", row, t) for t in range(tokens)]
+
+        def step_size(dt):
+            return gpu.softplus(dt if bias is None else dt + bias)
+
+        def advance(h, x, dt, B):
+            return gpu.exp2(dt[:, None] * A) * h + (dt * x)[:, None] * B
+
+        for s, (x, dt, B) in enumerate(old):
+            h = advance(h, x, jnp.where(s < count, step_size(dt), 0.0), B)
+        if "new_state" in refs:
+            plt.store(refs["new_state"].at[row, i, j], h, mask=mask)
+        for t, (x, dt, B, C) in enumerate(new):
+            h = advance(h, x, step_size(dt), B)
+            y = jnp.sum(h * C, axis=1)
+            if skip is not None:
+                y = y + skip * x
+            if gates[t] is not None:
+                y = y * gates[t] * gpu.sigmoid(gates[t])
+            put(t, y)
+
+    def put(t, y):
+        y = y.astype(refs["y"].dtype)
+        plt.store(refs["y"].at[row, t, e.at], y, mask=e.inside)
+
+    def nothing():
+        for t in range(tokens):
+            put(t, jnp.zeros((channels,), jnp.float32))
+
+    _when_active(refs, row, work, nothing)
+
+
+def _call(kernel, inputs, y, grid, *, commit, num_warps):
+    """Runs a kernel; its first input, the state, is an output too where committed."""
+    first = next(iter(inputs))
+    names = (*inputs, "y", *([f"new_{first}"] if commit else []))
+    state = inputs[first]
+    out_shape = [y] + ([jax.ShapeDtypeStruct(state.shape, state.dtype)] * commit)
+    outputs = pl.pallas_call(
+        functools.partial(kernel, names=names),
+        grid=grid,
+        out_shape=out_shape,
+        # In place where the caller's state may be overwritten, as in a decoding loop.
+        input_output_aliases={0: 1} if commit else {},
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=1),
+        interpret=gpu.INTERPRET,
+        name=kernel.func.__name__.strip("_"),
+    )(*inputs.values())
+    return (outputs[0], outputs[1] if commit else state)
+
+
+def _inputs(state, pending, num_pending, is_active):
+    """The kernels' inputs by name, those of both mixers; the state is the first."""
+    i32 = jnp.int32
+    inputs = {"state": state.astype(jnp.float32)}
+    inputs["num_pending"] = num_pending.astype(i32)
+    if is_active is not None:
+        inputs["is_active"] = is_active.astype(i32)
+    if pending.x.shape[1]:
+        inputs |= {"old_x": pending.x, "old_dt": pending.dt, "old_B": pending.B}
+    return inputs
+
+
+def _given(**arrays):
+    return {name: value for name, value in arrays.items() if value is not None}
+
+
+def selective_multi_step(
+    state,
+    pending,
+    num_pending,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D,
+    z,
+    dt_bias,
+    is_active,
+    commit,
+):
+    """Returns (y, state_j); see `api.selective_multi_step` for the arguments."""
+    batch, tokens, d_inner = x.shape
+    floats = (x, dt, B, C, *pending)
+    _check_runs("selective_multi_step", tokens + pending.x.shape[1], *floats)
+    inputs = _inputs(state, pending, num_pending, is_active)
+    inputs |= {"x": x, "dt": dt, "A": A, "B": B, "C": C}
+    inputs |= _given(D=D, z=z, dt_bias=dt_bias)
+    states = _power_of_two(A.shape[1])
+    channels = max(1, 32 * VALUES // states)
+    kernel = functools.partial(_selective_kernel, channels=channels, states=states)
+    return _call(
+        kernel,
+        inputs,
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        (pl.cdiv(d_inner, channels), batch),
+        commit=commit,
+        num_warps=1,
+    )
+
+
+def _ssd_kernel(*refs, names, columns, states, exact):
+    """Some columns of a head's state, h [states, columns], through all the tokens.
+
+    As in `ssd`, the tokens meet in matrix products, so that the state is multiplied
+    twice however many there are: by the pending tokens' decay and by the new ones' C.
+    """
+    refs = dict(zip(names, refs, strict=True))
+    row = pl.program_id(1)
+    _, heads, n, width = refs["state"].shape
+    slots, tokens = _tokens(refs)
+    blocks = pl.cdiv(width, columns)
+    head = pl.program_id(0) // blocks
+    group = head // (heads // refs["x"].shape[2])
+    p = _Part.create(pl.program_id(0) % blocks * columns, columns, width)
+    n = _Part.create(0, states, n)
+    i, j, mask = _spread(n, p)
+    dot = functools.partial(_dot, exact)
+
+    def new_tokens():
+        return _Part.create(0, _power_of_two(tokens, MIN_DOT), tokens)
+
+    def tile(name, token, part, which):
+        t, c, inside = _spread(token, part)
+        return _read(refs[name], (row, t, which, c), inside)
+
+    def raw_steps(name, token):
+        return _load(refs[name], (row, token.at, head), token.inside, NO_STEP)
+
+    def scalar(name):
+        return refs[name][head].astype(jnp.float32) if name in refs else None
+
+    def work():
+        A, bias, skip = scalar("A") * gpu.LOG2_E, scalar("dt_bias"), scalar("D")
+        count = refs["num_pending"][row]
+        h = _load(refs["state"], (row, head, i, j), mask)
+        if slots:
+            old = _Part.create(0, _power_of_two(slots, MIN_DOT), slots)
+            old_x, old_B = tile("old_x", old, p, group), tile("old_B", old, n, group)
+            old_dt = raw_steps("old_dt", old)
+        new = new_tokens()
+        x, B = tile("x", new, p, group), tile("B", new, n, group)
+        C, dt = tile("C", new, n, head), raw_steps("dt", new)
+
+        def step_sizes(dt):
+            return gpu.softplus(dt if bias is None else dt + bias)
+
+        if slots:
+            old_dt = jnp.where(old.at < count, step_sizes(old_dt), 0.0)
+            later = old.at[None, :] > old.at[:, None]
+            weight = old_dt * gpu.exp2(_masked_sums(later, old_dt) * A)
+            decay = gpu.exp2(jnp.broadcast_to(jnp.sum(old_dt) * A, h.shape))
+            h = decay * h + dot(old_B.astype(h.dtype) * weight[:, None], old_x, 0, 0)
+        if "new_state" in refs:
+            plt.store(refs["new_state"].at[row, head, i, j], h, mask=mask)
+        dt = step_sizes(dt)
+        seen = new.at[None, :] <= new.at[:, None]
+        decay = gpu.exp2(_sums_between(new.at, dt) * A)
+        scores = dot(C, B, 1, 1) * decay * dt[None, :]
+        y = dot(jnp.where(seen, scores, 0.0), x, 1, 0)
+        y = y + gpu.exp2(_masked_sums(seen, dt) * A)[:, None] * dot(C, h, 1, 0)
+        put(y if skip is None else y + skip * x.astype(y.dtype))
+
+    def put(y):
+        t, c, inside = _spread(new_tokens(), p)
+        plt.store(refs["y"].at[row, t, head, c], y.astype(refs["y"].dtype), mask=inside)
+
+    def nothing():
+        put(jnp.zeros((_power_of_two(tokens, MIN_DOT), columns), jnp.float32))
+
+    _when_active(refs, row, work, nothing)
+
+
+def _dot(exact, a, b, a_axis, b_axis):
+    """A product with float32 sums; bfloat16 values are exact in TF32."""
+    if a.dtype != b.dtype:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+    dimensions = (((a_axis,), (b_axis,)), ((), ()))
+    return lax.dot_general(
+        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _masked_sums(mask, value):
+    """Sums of value[q] over the q of each row of a mask [i, q]."""
+    return jnp.sum(jnp.where(mask, value[None, :], 0.0), axis=1)
+
+
+def _sums_between(at, value):
+    """Sums of value[q] over j < q <= i, [i, j].
+
+    Not a difference of two cumulated sums, which a large early step would spoil.
+    """
+    size = at.shape[0]
+    i, j, q = (
+        lax.broadcasted_iota(jnp.int32, (size, size, size), axis) for axis in range(3)
+    )
+    inside = jnp.logical_and(q > j, q <= i)
+    return jnp.sum(jnp.where(inside, value[None, None, :], 0.0), axis=2)
+
+
+def ssd_multi_step(
+    state,
+    pending,
+    num_pending,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D,
+    dt_bias,
+    is_active,
+    commit,
+):
+    """Returns (y, state_j); see `api.ssd_multi_step` for the arguments."""
+    batch, tokens, _, width = x.shape
+    heads, n = C.shape[2:]
+    floats = (x, dt, B, C, *pending)
+    _check_runs("ssd_multi_step", tokens + pending.x.shape[1], *floats)
+    inputs = _inputs(state, pending, num_pending, is_active)
+    inputs |= {"x": x, "dt": dt, "A": A, "B": B, "C": C}
+    inputs |= _given(D=D, dt_bias=dt_bias)
+    columns = min(COLUMNS, _power_of_two(width, MIN_DOT))
+    states = _power_of_two(n, MIN_DOT)
+    exact = any(a.dtype == jnp.float32 for a in (x, B, C, pending.x, pending.B))
+    kernel = functools.partial(_ssd_kernel, columns=columns, states=states, exact=exact)
+    return _call(
+        kernel,
+        inputs,
+        jax.ShapeDtypeStruct((batch, tokens, heads, width), x.dtype),
+        (heads * pl.cdiv(width, columns), batch),
+        commit=commit,
+        num_warps=4,
+    )
+
+
+def _conv_kernel(*refs, names, block, repeats, group, width):
+    """Some input channels of one row: T convolved tokens and the window before them."""
+    refs = dict(zip(names, refs, strict=True))
+    row = pl.program_id(1)
+    _, tokens, channels = refs["x"].shape
+    slots = refs["pending"].shape[1] if "pending" in refs else 0
+    c = _Part.create(pl.program_id(0) * block, block, channels)
+
+    def load(name, *index):
+        return _load(refs[name], (row, *index, c.at), c.inside)
+
+    def put(name, t, at, value):
+        ref = refs[name]
+        plt.store(ref.at[row, t, at], value.astype(ref.dtype), mask=c.inside)
+
+    # Where the repeats of an input channel lie: a group is repeated as a whole.
+    outputs = [
+        c.at // group * (group * repeats) + r * group + c.at % group
+        for r in range(repeats)
+    ]
+
+    def work():
+        count = jnp.clip(refs["num_pending"][row], 0, slots)
+        new = [load("x", t) for t in range(tokens)]
+        seen = [load("window", i) for i in range(width - 1)]
+        seen += [load("pending", s) for s in range(slots)]
+        window = seen[: width - 1]
+        for s in range(1, slots + 1):
+            later = seen[s : s + width - 1]
+            window = [
+                jnp.where(count == s, b, a) for a, b in zip(window, later, strict=True)
+            ]
+        inputs = [*window, *new]
+        for f in outputs:
+            taps = [_load(refs["kernel"], (w, f), c.inside) for w in range(width)]
+            bias = _load(refs["bias"], (f,), c.inside)
+            for t in range(tokens):
+                y = bias
+                for tap, value in zip(taps, inputs[t : t + width], strict=True):
+                    y = y + tap * value
+                put("y", t, f, y * gpu.sigmoid(y))
+        if "new_window" in refs:
+            for i, value in enumerate(window):
+                put("new_window", i, c.at, value)
+
+    def nothing():
+        for f, t in itertools.product(outputs, range(tokens)):
+            put("y", t, f, jnp.zeros((block,), jnp.float32))
+
+    _when_active(refs, row, work, nothing)
+
+
+def conv_multi_step(
+    window, pending, num_pending, x, kernel, bias, *, group, is_active, commit
+):
+    """Returns (y, window_j); see `api.conv_multi_step` for the arguments."""
+    batch, tokens, channels = x.shape
+    width, outputs = kernel.shape
+    slots = pending.shape[1]
+    _check_runs("conv_multi_step", tokens + slots, x, window, pending)
+    if width == 1:
+        raise UnsupportedError("one tap needs no window")
+    i32 = jnp.int32
+    inputs = {"window": window, "num_pending": num_pending.astype(i32)}
+    inputs |= _given(is_active=None if is_active is None else is_active.astype(i32))
+    inputs |= {"pending": pending} if slots else {}
+    inputs |= {"x": x, "kernel": kernel, "bias": bias}
+    body = functools.partial(
+        _conv_kernel,
+        block=CONV_BLOCK,
+        repeats=outputs // channels,
+        group=group,
+        width=width,
+    )
+    return _call(
+        body,
+        inputs,
+        jax.ShapeDtypeStruct((batch, tokens, outputs), x.dtype),
+        (pl.cdiv(channels, CONV_BLOCK), batch),
+        commit=commit,
+        num_warps=1,
+    )

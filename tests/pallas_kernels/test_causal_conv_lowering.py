@@ -1,0 +1,69 @@
+"""The convolution's kernels lower for CUDA without a GPU; on one they run."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import bench, bench_cases
+from pallas_kernels.causal_conv import causal_conv, shapes
+
+
+def window_and_segments(shape):
+    window = jax.ShapeDtypeStruct((shape.batch, 3, shape.channels), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((shape.batch, shape.length), jnp.int32)
+    return {"initial_window": window, "segment_ids": ids}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("pass_", "kernels"), [("forward", 1), ("forward_backward", 2)]
+)
+def test_lowers_to_one_kernel_a_pass(pass_, kernels, packed, lower_for_cuda):
+    case = bench_cases.causal_conv_case("paper_8b_mamba2")
+    inputs = jax.eval_shape(case.make, jax.random.key(0))
+    if packed:
+        inputs |= window_and_segments(shapes.LARGE["paper_8b_mamba2"])
+    dy = jax.ShapeDtypeStruct(inputs["x"].shape, inputs["x"].dtype)
+    function = bench.pass_function(case, pass_, "pallas_triton")
+    text = lower_for_cuda(function, inputs, dy)
+    assert text.count("__gpu$xla.gpu.triton") == kernels
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize("size", [(2, 500, 1000), (3, 1, 24), (1, 259, 4096)])
+def test_compiled_kernels_match_the_reference(
+    size, activation, dtype, assert_tree_close
+):
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    batch, length, channels = size
+    sizes = {
+        "x": size,
+        "kernel": (4, channels),
+        "bias": (channels,),
+        "initial_window": (batch, 3, channels),
+    }
+    low = {k: jax.random.normal(next(keys), v).astype(dtype) for k, v in sizes.items()}
+    dy = jax.random.normal(next(keys), size).astype(dtype)
+    ids = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32) // 30, size[:2])
+
+    def pull_back(inputs, dy, implementation):
+        def conv(inputs):
+            return causal_conv(
+                **inputs,
+                segment_ids=ids,
+                activation=activation,
+                implementation=implementation,
+            )
+
+        y, pull = jax.vjp(conv, inputs)
+        return y, pull(dy)[0]
+
+    exact = {k: v.astype(jnp.float32) for k, v in low.items()}
+    expected = jax.jit(pull_back, static_argnums=2)(
+        exact, dy.astype(jnp.float32), "reference"
+    )
+    found = jax.jit(pull_back, static_argnums=2)(low, dy, "pallas_triton")
+    assert_tree_close(found, expected, 1e-2 if dtype == "bfloat16" else 1e-5)
