@@ -3,7 +3,8 @@
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -103,3 +104,30 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, named_sharding(mesh, axes, x.shape))
+
+
+def by_rows(fn: Callable[[Any, Any], Any], replicated: Any, rows: Any) -> Any:
+    """Returns `fn(replicated, rows)`, each device running the rows that lie on it.
+
+    Under `mesh_context` the batch axes are split by hand, which a kernel needs; any other
+    mesh axis is left to the compiler. A batch that does not divide is left to it as a whole.
+
+    Args:
+        fn: Treats every row of a batch on its own.
+        replicated: Tree of arrays that all rows need.
+        rows: Tree of arrays whose first axis is the batch, as that of the result.
+    """
+    mesh = _current_mesh.get()
+    axes = LOGICAL_AXIS_RULES["batch"]
+    ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+    if ways == 1 or jax.tree.leaves(rows)[0].shape[0] % ways:
+        return fn(replicated, rows)
+    split = PartitionSpec(axes)
+    return jax.shard_map(
+        fn,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), split),
+        out_specs=split,
+        axis_names=set(axes),
+        check_vma=False,
+    )(replicated, rows)

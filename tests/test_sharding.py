@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import generation, meshes, tiny
@@ -118,3 +119,26 @@ def test_mesh_sizes(sizes, shape):
 def test_wrong_mesh_sizes_are_refused(sizes):
     with pytest.raises(UserError, match="does not match 8 devices"):
         sharding.make_mesh(**sizes)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}])
+def test_rows_run_where_they_lie(sizes):
+    """What a kernel is given on a device is that device's rows, with gradients as whole."""
+    mesh = sharding.make_mesh(**sizes)
+    ways = 8 // sizes.get("tensor", 1)
+    seen = []
+
+    def scaled(weight, rows):
+        seen.append(rows.shape)
+        return weight[None] * rows
+
+    def total(weight, rows):
+        return jnp.sum(sharding.by_rows(scaled, weight, rows) ** 2)
+
+    weight, rows = jnp.arange(3.0), jnp.arange(24.0).reshape(8, 3) - 7.0
+    expected = jax.grad(total)(weight, rows)
+    with sharding.mesh_context(mesh):
+        found = jax.jit(jax.grad(total))(weight, rows)
+        jax.jit(total)(weight, rows[:3])
+    assert list(dict.fromkeys(seen)) == [(8, 3), (8 // ways, 3), (3, 3)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from mil_jax import sharding
 from mil_jax.models.cache import SSMCache, take_rows, write_rows
 from pallas_kernels.causal_conv.api import causal_conv
 from pallas_kernels.multi_step.api import Pending
@@ -90,10 +91,17 @@ class SSMMixer(nnx.Module):
         segment_ids: Int[Array, "B L"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Runs whole sequences; state and convolution restart at segment borders."""
-        projected = self.project(u)
-        conv_out = self._convolve(projected.conv_in, segment_ids=segment_ids)
-        inputs = self.scan_inputs(projected, conv_out)
-        y, _ = self.scan(inputs, projected.z, None, segment_ids)
+        graphdef, weights = nnx.split(self)
+
+        def mix(weights: nnx.State, rows: tuple) -> Float[Array, "B L E"]:
+            mixer = nnx.merge(graphdef, weights)
+            projected, segment_ids = rows
+            conv_out = mixer._convolve(projected.conv_in, segment_ids=segment_ids)
+            inputs = mixer.scan_inputs(projected, conv_out)
+            return mixer.scan(inputs, projected.z, None, segment_ids)[0]
+
+        # The compiler has no rule for splitting a kernel: it would gather the batch.
+        y = sharding.by_rows(mix, weights, (self.project(u), segment_ids))
         return self.output(y)
 
     def prefill(
