@@ -306,7 +306,10 @@ def record(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         "date": datetime.date.today().isoformat(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**header, "rows": [*kept, *new]}, indent=2) + "\n")
+    # Renamed when whole, so that a kill never costs the rows of earlier runs.
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({**header, "rows": [*kept, *new]}, indent=2) + "\n")
+    partial.replace(path)
 
 
 def _commit() -> str:
