@@ -424,7 +424,7 @@ GENERATION_SLIPS = [
     slip(
         "prompts read with their padding",
         decode,
-        "_generate",
+        "_start",
         "prefill(prompts, prompt_lengths, cache)",
         "prefill(prompts, jnp.full_like(prompt_lengths, prompts.shape[1]), cache)",
         check(generation.check_plain, "attention"),
@@ -432,7 +432,7 @@ GENERATION_SLIPS = [
     slip(
         "ended rows go on",
         decode,
-        "_generate",
+        "advance",
         "jnp.where(done, 0, token)",
         "token",
         check(generation.check_plain_eos),
@@ -552,7 +552,7 @@ GENERATION_SLIPS = [
     slip(
         "draft ahead by one",
         speculative,
-        "_generate",
+        "_start",
         "prompt_lengths - 1, draft_cache",
         "prompt_lengths, draft_cache",
         speculation,
@@ -560,7 +560,7 @@ GENERATION_SLIPS = [
     slip(
         "target keeps one too few",
         speculative,
-        "_generate",
+        "_step",
         "target_cache.keep(kept)",
         "target_cache.keep(kept.clip(1) - 1)",
         speculation,
@@ -568,7 +568,7 @@ GENERATION_SLIPS = [
     slip(
         "draft keeps one too many",
         speculative,
-        "_generate",
+        "_step",
         "draft_cache.keep(kept)",
         "draft_cache.keep(kept + 1)",
         speculation,
@@ -576,7 +576,7 @@ GENERATION_SLIPS = [
     slip(
         "draft goes on from the wrong tokens",
         speculative,
-        "_generate",
+        "_step",
         "verdict.num_accepted[:, None] + jnp.arange(2)[None]",
         "jnp.zeros_like(verdict.num_accepted)[:, None] + jnp.arange(2)[None]",
         speculation,
@@ -600,8 +600,8 @@ GENERATION_SLIPS = [
     slip(
         "answers beyond the limit",
         speculative,
-        "_generate",
-        "jnp.minimum(emitted, max_new_tokens - c.lengths)",
+        "_step",
+        "jnp.minimum(emitted, c.max_new_tokens - c.lengths)",
         "emitted",
         generation.check_limits,
     ),

@@ -3,10 +3,11 @@
 checkpoint = hf_import.load("meta-llama/Llama-3.2-1B-Instruct", dtype="bfloat16")
 """
 
+import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -63,16 +64,34 @@ def load(path_or_id: str | os.PathLike[str], *, dtype: object = None) -> Checkpo
     """
     wanted = None if dtype is None else key_table.as_float_dtype(dtype)
     folder = local_folder(path_or_id)
-    try:
+    with _naming(folder):
         hf = read_json(folder / "config.json")
         tensors = open_tensors(folder)
         config = _read_config(folder, hf, tensors)
         params = _read_params(config, tensors, wanted)
+    return Checkpoint(config=config, params=params, source=folder)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Returns the architecture of a folder's model; its weights are not read.
+
+    Raises:
+        UserError: As `load`.
+    """
+    with _naming(folder):
+        hf = read_json(folder / "config.json")
+        return _read_config(folder, hf, open_tensors(folder))
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Puts the folder into messages that lack it."""
+    try:
+        yield
     except UserError as error:
         if str(folder) in str(error):
             raise
         raise UserError(f"{folder}: {error}") from error
-    return Checkpoint(config=config, params=params, source=folder)
 
 
 def local_folder(path_or_id: str | os.PathLike[str]) -> Path:

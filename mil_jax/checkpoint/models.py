@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mil_jax.checkpoint import hf_import, orbax_io
 from mil_jax.checkpoint.hf_import import Checkpoint
+from mil_jax.config import ModelConfig
 
 # The name of the small teacher that ships with the package.
 DEMO_TEACHER = "demo_teacher"
@@ -30,3 +31,17 @@ def load(path_or_id: str | Path) -> Checkpoint:
         config, params = orbax_io.load_model(path)
         return Checkpoint(config, params, path)
     return hf_import.load(name)
+
+
+def read_config(path_or_id: str | Path) -> tuple[ModelConfig, Path]:
+    """Returns a model's architecture and its folder; weights are not read.
+
+    Raises:
+        UserError: As `load`.
+    """
+    name = resolve(path_or_id)
+    path = Path(name)
+    if path.is_dir() and orbax_io.is_model_dir(path):
+        return orbax_io.read_config(path), path
+    folder = hf_import.local_folder(name)
+    return hf_import.read_config(folder), folder

@@ -74,7 +74,7 @@ def load_model(path: Path) -> tuple[ModelConfig, Params]:
     Raises:
         UserError: The folder is not a complete model.
     """
-    config = _read_config(path)
+    config = read_config(path)
     with ocp.StandardCheckpointer() as checkpointer:
         with _readable(path / WEIGHTS):
             metadata = checkpointer.metadata((path / WEIGHTS).absolute())
@@ -157,7 +157,12 @@ def _complete_or_absent(path: Path) -> Iterator[Path]:
         raise
 
 
-def _read_config(path: Path) -> ModelConfig:
+def read_config(path: Path) -> ModelConfig:
+    """Returns the architecture of a finished model.
+
+    Raises:
+        UserError: The folder holds none, or it is damaged.
+    """
     file = path / CONFIG_FILE
     try:
         values = json.loads(file.read_text())

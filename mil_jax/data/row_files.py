@@ -116,9 +116,13 @@ class JsonLines:
                 raise
             raise RowError(f"not valid JSON ({error})") from error
 
+    def line(self, index: int) -> int:
+        """Returns a row's line number, from 1."""
+        return self._lines[index][0]
+
     def where(self, index: int) -> str:
         """Returns file and line number."""
-        return f"{self._path}, line {self._lines[index][0]}"
+        return f"{self._path}, line {self.line(index)}"
 
 
 class JsonArray:

@@ -1,8 +1,9 @@
-"""Plain generation: prefill and decoding in one jitted program on the device."""
+"""Plain generation: one jitted program reads the prompts, another one decodes."""
 
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ from jaxtyping import Array, Bool, Int
 
 from mil_jax.config import ModelConfig
 from mil_jax.errors import UserError
-from mil_jax.generate.sampler import Sampling, sample
+from mil_jax.generate.sampler import Sampling, fold_in_rows, row_keys, sample
 from mil_jax.models.cache import HybridCache, init_cache
 from mil_jax.models.decoder import HybridLM
+
+S = TypeVar("S")  # A state, plain or speculative.
 
 # Prompts are padded to a multiple of this, so that few lengths are compiled.
 PROMPT_BUCKET = 32
@@ -61,20 +64,98 @@ def generate(
     Raises:
         UserError: A prompt is empty or does not fit, or a token is not of the vocabulary.
     """
-    batch = pad_prompts(prompts, model.config)
-    capacity = check_capacity(batch, max_new_tokens, max_length)
+    state = start(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_ids=eos_ids,
+        seed=seed,
+        max_length=max_length,
+    )
+    return completions(advance(model, state, max_new_tokens))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Answers in the making; `advance` goes on from here.
+
+    Attributes:
+        tokens: Ids so far, [B, max_new_tokens], zeros behind them.
+        lengths: Tokens of each row so far, EOS included.
+        done: Rows that have ended: by EOS, at the limit, or by `finish`.
+        last: The newest token of each row.
+        step: Tokens of a row that has not ended.
+        keys: One per row, for its draws.
+        cache: Holds all but the newest token.
+        sampling: How tokens are drawn.
+        eos_ids: Tokens that end an answer.
+    """
+
+    tokens: Int[Array, "B M"]
+    lengths: Int[Array, "B"]
+    done: Bool[Array, "B"]
+    last: Int[Array, "B"]
+    step: Int[Array, ""]
+    keys: jax.Array
+    cache: HybridCache
+    sampling: Sampling = dataclasses.field(metadata={"static": True})
+    eos_ids: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+def start(
+    model: HybridLM,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    eos_ids: Sequence[int] | None = None,
+    seed: int = 0,
+    rows: Sequence[int] | None = None,
+    max_length: int | None = None,
+    width: int | None = None,
+) -> State:
+    """Reads a batch of prompts and returns their answers' first tokens, to go on from.
+
+    Args:
+        model: As in `generate`, like what is not named here.
+        prompts: Token ids, at least one each.
+        max_new_tokens: Limit on each answer.
+        sampling: Greedy by default.
+        eos_ids: Tokens that end an answer.
+        seed: Of the sampling.
+        rows: A number per row; what a row draws depends on it and on the seed, whatever
+            else is in the batch. Default 0, 1, ...
+        max_length: Cache slots per row.
+        width: Length that prompts are padded to; default the next multiple of
+            `PROMPT_BUCKET`.
+
+    Raises:
+        UserError: As `generate`.
+    """
+    batch = pad_prompts(prompts, model.config, width)
     eos = model.config.eos_token_ids if eos_ids is None else eos_ids
-    tokens, lengths = _generate(
+    return _start(
         model,
         batch.tokens,
         batch.lengths,
-        jax.random.key(seed),
+        row_keys(seed, len(batch.lengths), rows),
         max_new_tokens=max_new_tokens,
-        capacity=capacity,
+        capacity=check_capacity(batch, max_new_tokens, max_length),
         sampling=sampling,
         eos_ids=tuple(eos),
     )
-    return Completions(np.asarray(tokens), np.asarray(lengths))
+
+
+def finish(state: S, rows: Sequence[bool] | np.ndarray) -> S:
+    """Returns the state with the marked rows ended where they are."""
+    return dataclasses.replace(state, done=state.done | np.asarray(rows, bool))
+
+
+def completions(state: State) -> Completions:
+    """Returns the answers so far."""
+    return Completions(np.asarray(state.tokens), np.asarray(state.lengths))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +167,11 @@ class PromptBatch:
 
 
 def pad_prompts(
-    prompts: Sequence[Sequence[int] | np.ndarray], config: ModelConfig
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    config: ModelConfig,
+    width: int | None = None,
 ) -> PromptBatch:
-    """Returns the prompts as one right-padded batch.
+    """Returns the prompts as one right-padded batch, `width` wide or as wide as it needs.
 
     Raises:
         UserError: There is no prompt, one is empty, or a token is out of the vocabulary.
@@ -105,7 +188,7 @@ def pad_prompts(
                 f"the model's vocabulary has {config.vocab_size}"
             )
     longest = max(row.size for row in rows)
-    width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
+    width = max(width or 0, -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET)
     tokens = np.zeros((len(rows), width), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : row.size] = row
@@ -147,40 +230,65 @@ def is_eos(tokens: Int[Array, "*B"], eos_ids: tuple[int, ...]) -> Bool[Array, "*
 @functools.partial(
     jax.jit, static_argnames=("max_new_tokens", "capacity", "sampling", "eos_ids")
 )
-def _generate(
+def _start(
     model: HybridLM,
     prompts: Int[Array, "B L"],
     prompt_lengths: Int[Array, "B"],
-    key: jax.Array,
+    keys: jax.Array,
     *,
     max_new_tokens: int,
     capacity: int,
     sampling: Sampling,
     eos_ids: tuple[int, ...],
-) -> tuple[Int[Array, "B M"], Int[Array, "B"]]:
-    """Prefills, then decodes until every row has ended."""
+) -> State:
     batch = prompts.shape[0]
     cache = init_cache(model.config, model.compute, batch=batch, max_length=capacity)
     logits, cache = model.prefill(prompts, prompt_lengths, cache)
-    first = sample(jax.random.fold_in(key, 0), logits, sampling)
-    out = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(first)
-    lengths = jnp.ones((batch,), jnp.int32)
-    Carry = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, HybridCache]
+    first = sample(fold_in_rows(keys, 0), logits, sampling)
+    return State(
+        tokens=jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(first),
+        lengths=jnp.ones((batch,), jnp.int32),
+        done=is_eos(first, eos_ids) | (max_new_tokens <= 1),
+        last=first,
+        step=jnp.int32(1),
+        keys=keys,
+        cache=cache,
+        sampling=sampling,
+        eos_ids=eos_ids,
+    )
 
-    def is_running(carry: Carry) -> jax.Array:
-        step, done, *_ = carry
-        return (step < max_new_tokens) & ~jnp.all(done)
 
-    def advance(carry: Carry) -> Carry:
-        step, done, last, out, lengths, cache = carry
-        logits, cache = model.decode(last[:, None], cache)
-        token = sample(jax.random.fold_in(key, step), logits[:, 0], sampling)
-        out = out.at[:, step].set(jnp.where(done, 0, token))
-        is_live = (~done).astype(jnp.int32)
-        cache = cache.keep(is_live)
-        done |= is_eos(token, eos_ids)
-        return step + 1, done, token, out, lengths + is_live, cache
+@functools.partial(jax.jit, donate_argnames="state")
+def advance(model: HybridLM, state: State, num_steps: int) -> State:
+    """Decodes up to `num_steps` more tokens per row; rows that have ended stay.
 
-    start = (jnp.int32(1), is_eos(first, eos_ids), first, out, lengths, cache)
-    *_, out, lengths, _ = jax.lax.while_loop(is_running, advance, start)
-    return out, lengths
+    One program serves every `num_steps`, and one call is one round trip to the device.
+
+    Args:
+        model: The model that `state` was started with.
+        state: Consumed: its buffers are used again, so take the returned one.
+        num_steps: Less are done where all rows end before.
+    """
+    end = state.step + num_steps
+
+    def decode(state: State) -> State:
+        logits, cache = model.decode(state.last[:, None], state.cache)
+        keys = fold_in_rows(state.keys, state.step)
+        token = sample(keys, logits[:, 0], state.sampling)
+        done, is_live = state.done, (~state.done).astype(jnp.int32)
+        tokens = state.tokens.at[:, state.step].set(jnp.where(done, 0, token))
+        lengths = state.lengths + is_live
+        done |= is_eos(token, state.eos_ids) | (lengths >= tokens.shape[1])
+        return dataclasses.replace(
+            state,
+            tokens=tokens,
+            lengths=lengths,
+            done=done,
+            last=token,
+            step=state.step + 1,
+            cache=cache.keep(is_live),
+        )
+
+    return jax.lax.while_loop(
+        lambda state: (state.step < end) & ~jnp.all(state.done), decode, state
+    )

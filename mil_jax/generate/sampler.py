@@ -1,9 +1,11 @@
 """From logits to tokens: greedy, temperature, top-k and top-p."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mil_jax.errors import UserError
@@ -61,7 +63,24 @@ def log_probs(logits: Float[Array, "*B V"], sampling: Sampling) -> Float[Array, 
 def sample(
     key: jax.Array, logits: Float[Array, "*B V"], sampling: Sampling
 ) -> Int[Array, "*B"]:
-    """Returns one token per distribution."""
+    """Returns one token per distribution; `key` is one for all, or one for each."""
     if sampling.is_greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, log_probs(logits, sampling)).astype(jnp.int32)
+    draw = jax.vmap(jax.random.categorical) if key.ndim else jax.random.categorical
+    return draw(key, log_probs(logits, sampling)).astype(jnp.int32)
+
+
+def row_keys(seed: int, batch: int, rows: Sequence[int] | None = None) -> jax.Array:
+    """Returns a key per row, from the seed and the row's number (default its place)."""
+    numbers = np.asarray(range(batch) if rows is None else rows, np.uint32)
+    if numbers.shape != (batch,):
+        raise UserError(f"{numbers.size} row numbers for {batch} rows; give one each")
+    return fold_in_rows(jax.random.key(seed), numbers)
+
+
+@jax.jit
+def fold_in_rows(
+    keys: jax.Array, data: int | Int[Array, ""] | Int[Array, "B"]
+) -> jax.Array:
+    """Returns `fold_in` of keys and numbers, of which either may be one for all."""
+    return jnp.vectorize(jax.random.fold_in)(keys, data)

@@ -17,7 +17,13 @@ from mil_jax.generate.decode import (
     is_eos,
     pad_prompts,
 )
-from mil_jax.generate.sampler import Sampling, log_probs, sample
+from mil_jax.generate.sampler import (
+    Sampling,
+    fold_in_rows,
+    log_probs,
+    row_keys,
+    sample,
+)
 from mil_jax.models.cache import HybridCache, init_cache, write_rows
 from mil_jax.models.decoder import HybridLM
 
@@ -71,6 +77,93 @@ def generate(
     Raises:
         UserError: The vocabularies differ, k < 1, or a prompt is empty or does not fit.
     """
+    state = start(
+        target,
+        draft,
+        prompts,
+        k=k,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_ids=eos_ids,
+        seed=seed,
+        max_length=max_length,
+    )
+    state = advance(target, draft, state, max_new_tokens)
+    return completions(state), stats(state)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Answers in the making; `advance` goes on from here.
+
+    The target has read all but the last token of a row, the draft all but the last two.
+
+    Attributes:
+        tokens: Ids so far, then zeros: [B, M], max_new_tokens and room for a whole step.
+        lengths: Tokens of each row so far, EOS included.
+        done: Rows that have ended: by EOS, at the limit, or by `decode.finish`.
+        last_two: The newest two tokens of each row, the prompt's included.
+        step: Passes so far of a row that has not ended, the prompt's included.
+        keys: One per row, for its draws.
+        target_cache: The target's.
+        draft_cache: The draft's.
+        steps: As in `SpeculationStats`, like the next.
+        accepted_at: [K].
+        gained: Tokens of the answers that each row's passes made.
+        max_new_tokens: Limit on each answer.
+        sampling: How tokens are drawn.
+        eos_ids: Tokens that end an answer.
+    """
+
+    tokens: Int[Array, "B M"]
+    lengths: Int[Array, "B"]
+    done: Bool[Array, "B"]
+    last_two: Int[Array, "B 2"]
+    step: Int[Array, ""]
+    keys: jax.Array
+    target_cache: HybridCache
+    draft_cache: HybridCache
+    steps: Int[Array, "B"]
+    accepted_at: Int[Array, "K"]
+    gained: Int[Array, "B"]
+    max_new_tokens: int = dataclasses.field(metadata={"static": True})
+    sampling: Sampling = dataclasses.field(metadata={"static": True})
+    eos_ids: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+def start(
+    target: HybridLM,
+    draft: HybridLM,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    k: int,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    eos_ids: Sequence[int] | None = None,
+    seed: int = 0,
+    rows: Sequence[int] | None = None,
+    max_length: int | None = None,
+    width: int | None = None,
+) -> State:
+    """Reads a batch of prompts and returns their answers' first tokens, to go on from.
+
+    Args:
+        target: As in `generate`, like what is not named here.
+        draft: The smaller model.
+        prompts: Token ids, at least one each.
+        k: Draft tokens per step.
+        max_new_tokens: Limit on each answer.
+        sampling: Greedy by default.
+        eos_ids: Tokens that end an answer.
+        seed: Of the sampling.
+        rows: As in `decode.start`, like `width`.
+        max_length: Cache slots per row.
+        width: Length that prompts are padded to.
+
+    Raises:
+        UserError: As `generate`.
+    """
     if target.config.vocab_size != draft.config.vocab_size:
         raise UserError(
             f"the draft has {draft.config.vocab_size} tokens and the target "
@@ -78,29 +171,38 @@ def generate(
         )
     if k < 1:
         raise UserError(f"k is {k}; speculation needs at least one draft token")
-    batch = pad_prompts(prompts, target.config)
-    capacity = check_capacity(batch, max_new_tokens, max_length)
+    batch = pad_prompts(prompts, target.config, width)
     eos = target.config.eos_token_ids if eos_ids is None else eos_ids
-    tokens, lengths, steps, accepted, gained = _generate(
+    return _start(
         target,
         draft,
         batch.tokens,
         batch.lengths,
-        jax.random.key(seed),
+        row_keys(seed, len(batch.lengths), rows),
         k=k,
         max_new_tokens=max_new_tokens,
-        capacity=capacity,
+        capacity=check_capacity(batch, max_new_tokens, max_length),
         sampling=sampling,
         eos_ids=tuple(eos),
     )
-    total = int(np.sum(steps))
-    stats = SpeculationStats(
-        steps=np.asarray(steps),
-        accepted_at=np.asarray(accepted),
+
+
+def completions(state: State) -> Completions:
+    """Returns the answers so far."""
+    tokens = np.asarray(state.tokens)[:, : state.max_new_tokens]
+    return Completions(tokens, np.asarray(state.lengths))
+
+
+def stats(state: State) -> SpeculationStats:
+    """Returns what speculation gained so far."""
+    steps = np.asarray(state.steps)
+    total = int(steps.sum())
+    return SpeculationStats(
+        steps=steps,
+        accepted_at=np.asarray(state.accepted_at),
         num_steps=total,
-        tokens_per_step=float(np.sum(gained)) / max(total, 1),
+        tokens_per_step=float(np.sum(state.gained)) / max(total, 1),
     )
-    return Completions(np.asarray(tokens), np.asarray(lengths)), stats
 
 
 class Verdict(NamedTuple):
@@ -129,7 +231,7 @@ def verify(
     max(p - q, 0) normalised, after full acceptance from p (2211.17192, Alg. 1 and App. A).
 
     Args:
-        key: For the sampled rule.
+        key: For the sampled rule: one, or one per row.
         target_logits: After the last accepted token and after each draft; S = K + 1.
         draft_logits: From which each draft was taken.
         drafts: Proposed tokens.
@@ -141,11 +243,14 @@ def verify(
         num_accepted = _prefix_length(choice[:, :k] == drafts)
         extra = jnp.take_along_axis(choice, num_accepted[:, None], axis=1)
     else:
-        accept_key, extra_key = jax.random.split(key)
+        # A key per row, so that rows do not depend on each other.
+        keys = key if key.ndim else jax.random.split(key, drafts.shape[0])
         log_p = log_probs(target_logits, sampling)
         log_q = log_probs(draft_logits, sampling)
         ratio = _pick(log_p[:, :k], drafts) - _pick(log_q, drafts)
-        uniform = jax.random.uniform(accept_key, ratio.shape)
+        uniform = jax.vmap(lambda key: jax.random.uniform(key, (k,)))(
+            fold_in_rows(keys, 0)
+        )
         num_accepted = _prefix_length(uniform < jnp.exp(ratio))
         at = num_accepted[:, None, None]
         # Behind the last draft there is no q: the residual is p itself.
@@ -155,7 +260,8 @@ def verify(
         # Rounding can reject where p = q and leave nothing.
         is_empty = jnp.sum(residual, axis=-1, keepdims=True) == 0
         weights = jnp.where(is_empty, p, residual)
-        extra = jax.random.categorical(extra_key, jnp.log(weights))[:, None]
+        draw = jax.vmap(jax.random.categorical)
+        extra = draw(fold_in_rows(keys, 1), jnp.log(weights))[:, None]
     position = jnp.arange(k + 1)[None]
     padded = jnp.pad(drafts, ((0, 0), (0, 1)))
     tokens = jnp.where(position < num_accepted[:, None], padded, 0)
@@ -192,7 +298,7 @@ def propose(
     logits = logits[:, -1]
     tokens, all_logits = [], []
     for i in range(k):
-        token = sample(jax.random.fold_in(key, i), logits, sampling)
+        token = sample(fold_in_rows(key, i), logits, sampling)
         tokens.append(token)
         all_logits.append(logits)
         if i + 1 < k:
@@ -202,99 +308,110 @@ def propose(
     return jnp.stack(tokens, axis=1), jnp.stack(all_logits, axis=1), cache
 
 
-class _Carry(NamedTuple):
-    step: Int[Array, ""]
-    done: Bool[Array, "B"]
-    last_two: Int[Array, "B 2"]
-    out: Int[Array, "B M"]
-    lengths: Int[Array, "B"]
-    target_cache: HybridCache
-    draft_cache: HybridCache
-    steps: Int[Array, "B"]
-    accepted_at: Int[Array, "K"]
-    gained: Int[Array, "B"]
-
-
 @functools.partial(
     jax.jit, static_argnames=("k", "max_new_tokens", "capacity", "sampling", "eos_ids")
 )
-def _generate(
+def _start(
     target: HybridLM,
     draft: HybridLM,
     prompts: Int[Array, "B L"],
     prompt_lengths: Int[Array, "B"],
-    key: jax.Array,
+    keys: jax.Array,
     *,
     k: int,
     max_new_tokens: int,
     capacity: int,
     sampling: Sampling,
     eos_ids: tuple[int, ...],
-) -> tuple[jax.Array, ...]:
-    """Prefills both models, then drafts and verifies until every row has ended."""
+) -> State:
     batch = prompts.shape[0]
     sizes = {"batch": batch, "max_length": capacity, "max_step": k + 1}
     target_cache = init_cache(target.config, target.compute, **sizes)
     draft_cache = init_cache(draft.config, draft.compute, **sizes)
     logits, target_cache = target.prefill(prompts, prompt_lengths, target_cache)
-    # Invariant: the target has read all but the last token, the draft all but two.
     _, draft_cache = draft.prefill(prompts, prompt_lengths - 1, draft_cache)
-    first = sample(jax.random.fold_in(key, 0), logits, sampling)
+    first = sample(fold_in_rows(keys, 0), logits, sampling)
     last_prompt = jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)
     # Room for a whole step past the limit; cut off at the end.
-    out = jnp.zeros((batch, max_new_tokens + k + 1), jnp.int32).at[:, 0].set(first)
+    tokens = jnp.zeros((batch, max_new_tokens + k + 1), jnp.int32)
     zeros = jnp.zeros((batch,), jnp.int32)
-    start = _Carry(
-        step=jnp.int32(1),
+    return State(
+        tokens=tokens.at[:, 0].set(first),
+        lengths=zeros + 1,
         done=is_eos(first, eos_ids) | (max_new_tokens <= 1),
         last_two=jnp.concatenate([last_prompt, first[:, None]], axis=1),
-        out=out,
-        lengths=zeros + 1,
+        step=jnp.int32(1),
+        keys=keys,
         target_cache=target_cache,
         draft_cache=draft_cache,
         steps=zeros,
         accepted_at=jnp.zeros((k,), jnp.int32),
         gained=zeros,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_ids=eos_ids,
     )
 
-    def advance(c: _Carry) -> _Carry:
-        draft_key, verify_key = jax.random.split(jax.random.fold_in(key, c.step))
-        drafts, draft_logits, draft_cache = propose(
-            draft, draft_key, c.last_two, c.draft_cache, k, sampling
-        )
-        inputs = jnp.concatenate([c.last_two[:, 1:], drafts], axis=1)
-        target_logits, target_cache = target.decode(inputs, c.target_cache)
-        verdict = verify(verify_key, target_logits, draft_logits, drafts, sampling)
-        is_live = ~c.done
-        gained = verdict.num_accepted + 1
-        emitted, has_eos = _until_eos(verdict.tokens, gained, eos_ids)
-        emitted = jnp.minimum(emitted, max_new_tokens - c.lengths)
-        emitted = jnp.where(is_live, emitted, 0)
-        is_new = jnp.arange(k + 1)[None] < emitted[:, None]
-        out = write_rows(c.out, jnp.where(is_new, verdict.tokens, 0), c.lengths)
-        lengths = c.lengths + emitted
-        kept = jnp.where(is_live, gained, 0)
-        tail = jnp.concatenate([c.last_two[:, 1:], verdict.tokens], axis=1)
-        at = verdict.num_accepted[:, None] + jnp.arange(2)[None]
-        last_two = jnp.take_along_axis(tail, at, axis=1)
-        accepted_at = jnp.arange(k)[None] < verdict.num_accepted[:, None]
-        return _Carry(
-            step=c.step + 1,
-            done=c.done | has_eos | (lengths >= max_new_tokens),
-            last_two=jnp.where(is_live[:, None], last_two, c.last_two),
-            out=out,
-            lengths=lengths,
-            target_cache=target_cache.keep(kept),
-            draft_cache=draft_cache.keep(kept),
-            steps=c.steps + is_live.astype(jnp.int32),
-            accepted_at=c.accepted_at
-            + jnp.sum(accepted_at & is_live[:, None], axis=0, dtype=jnp.int32),
-            gained=c.gained + emitted,
-        )
 
-    end = jax.lax.while_loop(lambda c: ~jnp.all(c.done), advance, start)
-    out = end.out[:, :max_new_tokens]
-    return out, end.lengths, end.steps, end.accepted_at, end.gained
+@functools.partial(jax.jit, donate_argnames="state")
+def advance(target: HybridLM, draft: HybridLM, state: State, num_steps: int) -> State:
+    """Drafts and verifies up to `num_steps` times, 1 to k + 1 tokens per row each.
+
+    One program serves every `num_steps`, and one call is one round trip to the device.
+
+    Args:
+        target: The models that `state` was started with.
+        draft: The smaller one.
+        state: Consumed: its buffers are used again, so take the returned one.
+        num_steps: Less are done where all rows end before.
+    """
+    end = state.step + num_steps
+    return jax.lax.while_loop(
+        lambda state: (state.step < end) & ~jnp.all(state.done),
+        functools.partial(_step, target, draft),
+        state,
+    )
+
+
+def _step(target: HybridLM, draft: HybridLM, c: State) -> State:
+    """Returns the state after one round of drafting and verification."""
+    k = c.accepted_at.shape[0]
+    keys = fold_in_rows(c.keys, c.step)
+    drafts, draft_logits, draft_cache = propose(
+        draft, fold_in_rows(keys, 0), c.last_two, c.draft_cache, k, c.sampling
+    )
+    inputs = jnp.concatenate([c.last_two[:, 1:], drafts], axis=1)
+    target_logits, target_cache = target.decode(inputs, c.target_cache)
+    verdict = verify(
+        fold_in_rows(keys, 1), target_logits, draft_logits, drafts, c.sampling
+    )
+    is_live = ~c.done
+    gained = verdict.num_accepted + 1
+    emitted, has_eos = _until_eos(verdict.tokens, gained, c.eos_ids)
+    emitted = jnp.minimum(emitted, c.max_new_tokens - c.lengths)
+    emitted = jnp.where(is_live, emitted, 0)
+    is_new = jnp.arange(k + 1)[None] < emitted[:, None]
+    new = jnp.where(is_new, verdict.tokens, 0)
+    lengths = c.lengths + emitted
+    kept = jnp.where(is_live, gained, 0)
+    tail = jnp.concatenate([c.last_two[:, 1:], verdict.tokens], axis=1)
+    at = verdict.num_accepted[:, None] + jnp.arange(2)[None]
+    last_two = jnp.take_along_axis(tail, at, axis=1)
+    is_accepted = jnp.arange(k)[None] < verdict.num_accepted[:, None]
+    accepted = jnp.sum(is_accepted & is_live[:, None], axis=0, dtype=jnp.int32)
+    return dataclasses.replace(
+        c,
+        tokens=write_rows(c.tokens, new, c.lengths),
+        lengths=lengths,
+        done=c.done | has_eos | (lengths >= c.max_new_tokens),
+        last_two=jnp.where(is_live[:, None], last_two, c.last_two),
+        step=c.step + 1,
+        target_cache=target_cache.keep(kept),
+        draft_cache=draft_cache.keep(kept),
+        steps=c.steps + is_live.astype(jnp.int32),
+        accepted_at=c.accepted_at + accepted,
+        gained=c.gained + emitted,
+    )
 
 
 def _until_eos(

@@ -133,7 +133,8 @@ def gradient_function(config, compute):
 @contextlib.contextmanager
 def fresh_traces():
     """Forgets compiled programs before and after, so that a patched function is used."""
-    programs = (forward, prefill, decode, plain._generate, speculative._generate)
+    programs = (forward, prefill, decode)
+    programs += tuple(f for m in (plain, speculative) for f in (m._start, m.advance))
 
     def forget():
         gradient_function.cache_clear()

@@ -37,7 +37,8 @@ def prompts():
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("labels")
-    decode._generate.clear_cache()
+    decode._start.clear_cache()
+    decode.advance.clear_cache()
     write(folder)
     return folder
 
@@ -112,7 +113,8 @@ class TestAnswers:
         buckets = {-(-size // decode.PROMPT_BUCKET) for size in longest}
         assert len(buckets) < len(longest)
         # The module's fixture cleared the cache before the run.
-        assert decode._generate._cache_size() <= len(buckets) + 2
+        for program in (decode._start, decode.advance):
+            assert program._cache_size() <= len(buckets) + 2
 
     def test_another_seed(self, undisturbed, tmp_path, prompts):
         write(tmp_path, seed=1)

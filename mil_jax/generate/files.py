@@ -1,0 +1,298 @@
+"""Prompts of a JSON-lines file, answered into another one that survives a kill."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from mil_jax.data.row_files import JsonLines, RowError
+from mil_jax.errors import UserError
+from mil_jax.generate.engine import Engine
+from mil_jax.generate.plan import FORMS, Plan, request_of
+
+logger = logging.getLogger(__name__)
+
+# Lines of a chunk are answered in the order of their lengths and written in their own, so a
+# kill costs at most the work of one chunk.
+BATCHES_PER_CHUNK = 8
+_STEPS = 4  # Widths of prompts per doubling; each is compiled once.
+_PASSED_ON = ("id", "prompt", "messages")
+
+
+class Outcome(NamedTuple):
+    """What an output file holds at the end.
+
+    Attributes:
+        lines: All its records.
+        errors: Those of them without an answer.
+        engine: That made the answers; None if they were all there.
+    """
+
+    lines: int
+    errors: int
+    engine: Engine | None
+
+
+def answer_file(
+    plan: Plan,
+    load: Callable[[Plan], Engine],
+    source: Path,
+    target: Path,
+    *,
+    batch_size: int,
+) -> Outcome:
+    """Answers every line of `source` by a record in `target`, in the same order.
+
+    A line that cannot be answered gives `{"line": n, "error": ...}`. Started again, it goes
+    on where it was stopped: lines are put into the same batches as in an undisturbed run.
+
+    Args:
+        plan: The model and what to do.
+        load: Makes the engine; called only if there is something to do.
+        source: JSON lines, perhaps gzipped.
+        target: New, or left behind by the same call.
+        batch_size: Prompts answered together; may change between starts.
+
+    Raises:
+        UserError: A file cannot be read or written, or `target` is of other options.
+    """
+    rows = _open_source(source)
+    batch_size = min(batch_size, len(rows))
+    with _Records.open(target, _settings(plan, source)) as records:
+        if records.count > len(rows):
+            raise UserError(f"{target} has more lines than {source}; remove it")
+        engine = None if records.count == len(rows) else load(plan)
+        bar = tqdm(
+            total=len(rows),
+            initial=records.count,
+            desc="generate",
+            unit="prompt",
+            dynamic_ncols=True,
+        )
+        size = BATCHES_PER_CHUNK * batch_size
+        with bar:
+            while records.count < len(rows):
+                # A chunk that was written in part is answered as a whole once more, so that
+                # its batches are the same.
+                first = records.count - records.count % size
+                chunk = range(first, min(first + size, len(rows)))
+                made = _answer_chunk(engine, rows, chunk, batch_size, bar)
+                new = made[records.count - first :]
+                _report(source, new)
+                records.append(new)
+        return Outcome(records.count, records.errors, engine)
+
+
+def _open_source(path: Path) -> JsonLines:
+    try:
+        rows = JsonLines(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if not len(rows):
+        raise UserError(f"{path} holds no lines; give {FORMS} in each")
+    return rows
+
+
+def _answer_chunk(
+    engine: Engine, rows: JsonLines, chunk: range, batch_size: int, bar: tqdm
+) -> list[dict[str, Any]]:
+    """Returns a record per line."""
+    records: dict[int, dict[str, Any]] = {}
+    prompts: dict[int, np.ndarray] = {}
+    for i in chunk:
+        records[i], prompt = _read(engine.plan, rows, i)
+        if prompt is not None:
+            prompts[i] = prompt
+    order = sorted(prompts, key=lambda i: prompts[i].size)
+    _advance_bar(bar, chunk, len(chunk) - len(order))
+    for at in range(0, len(order), batch_size):
+        members = order[at : at + batch_size]
+        # Always a full batch, so that the last one compiles nothing new.
+        filled = members + members[:1] * (batch_size - len(members))
+        answers = engine.answer(
+            [prompts[i] for i in filled],
+            filled,
+            used=len(members),
+            width=padded_width(prompts[members[-1]].size),
+        )
+        for i, answer in zip(members, answers, strict=True):
+            records[i] |= {"answer": answer.text, "finish": answer.finish}
+        _advance_bar(bar, chunk, len(members))
+    return [records[i] for i in chunk]
+
+
+def _advance_bar(bar: tqdm, chunk: range, count: int) -> None:
+    # Lines that were there already are answered again, but not counted again.
+    bar.update(min(count, chunk.stop - bar.n))
+
+
+def padded_width(length: int) -> int:
+    """Returns the width for prompts of some length: few are compiled, few are much wider."""
+    step = max(32, (1 << (length - 1).bit_length()) // (2 * _STEPS))
+    return -(-length // step) * step
+
+
+def _read(
+    plan: Plan, rows: JsonLines, index: int
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Returns the beginning of a line's record and its prompt, or its error."""
+    echo: dict[str, Any] = {}
+    try:
+        try:
+            row = rows[index]
+            echo = {key: row[key] for key in _PASSED_ON if key in row}
+            return echo, plan.encode(request_of(row))
+        except RecursionError:
+            raise RowError("not valid JSON (nested too deeply)") from None
+    except UserError as error:
+        failed = {"line": rows.line(index), "error": str(error)}
+        return ({"id": echo["id"]} if "id" in echo else {}) | failed, None
+
+
+def _report(source: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    for record in records:
+        if "error" in record:
+            logger.warning("%s, line %d: %s", source, record["line"], record["error"])
+
+
+class _Records:
+    """The output file and how far it has come."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path, self._file = path, file
+        self.count = self.errors = 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path, settings: Mapping[str, Any]) -> Iterator["_Records"]:
+        """Yields the file, ready to go on after its last whole line."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+b")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"another run is writing {path}; wait for it") from None
+            is_begun = os.fstat(file.fileno()).st_size > 0
+            _check_settings(path, settings, is_begun)
+            records = cls(path, file)
+            records._count()
+            yield records
+
+    def _count(self) -> None:
+        """Counts the records and cuts off what a kill left of the one after them."""
+        self._file.seek(0)
+        whole = 0
+        for number, line in enumerate(self._file, 1):
+            record = _parsed(line) if line.endswith(b"\n") else None
+            if record is None:
+                if self._file.read(1):
+                    raise UserError(
+                        f"{self._path}, line {number} is damaged; remove the file to "
+                        "start over"
+                    )
+                self._file.truncate(whole)
+                break
+            whole += len(line)
+            self.count += 1
+            self.errors += "error" in record
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Writes records; they are on disk when it returns."""
+        data = b"".join(_line(record) for record in records)
+        try:
+            self._file.write(data)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._path}: {error.strerror}; the same command goes on"
+            ) from error
+        self.count += len(records)
+        self.errors += sum("error" in record for record in records)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    is_record = isinstance(record, dict) and ("answer" in record or "error" in record)
+    return record if is_record else None
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # An `id` may hold what UTF-8 cannot.
+        return json.dumps(record).encode() + b"\n"
+
+
+def _settings(plan: Plan, source: Path) -> dict[str, Any]:
+    """Returns all that answers depend on, as JSON types."""
+    options = plan.options
+    with source.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return {
+        "model": str(plan.folder.resolve()),
+        "files of the model": _digest_of_folder(plan.folder),
+        "draft": None
+        if plan.draft_folder is None
+        else str(plan.draft_folder.resolve()),
+        "files of the draft": _digest_of_folder(plan.draft_folder),
+        "k": None if options.draft is None else options.k,
+        "content of the input": content,
+        "chat": plan.is_chat,
+        "system": options.system,
+        "max_new_tokens": options.max_new_tokens,
+        "max_length": options.max_length,
+        "temperature": options.sampling.temperature,
+        "top_k": options.sampling.top_k,
+        "top_p": options.sampling.top_p,
+        "seed": options.seed,
+        "dtype": plan.dtype,
+        "stop": list(options.stop),
+    }
+
+
+def _digest_of_folder(folder: Path | None) -> str | None:
+    if folder is None:
+        return None
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    stats = [(str(path.relative_to(folder)), path.stat()) for path in files]
+    text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any], is_begun: bool) -> None:
+    """Compares with the settings of an output that is begun, else writes them beside it."""
+    beside = path.with_name(path.name + ".options.json")
+    if not is_begun:
+        partial = beside.with_name(beside.name + ".partial")
+        partial.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        os.replace(partial, beside)
+        return
+    try:
+        before = json.loads(beside.read_text("utf-8"))
+    except (OSError, ValueError):
+        raise UserError(
+            f"{path} exists and {beside.name} does not say how it was made; choose "
+            "another --output, or remove it"
+        ) from None
+    for key, value in settings.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"{path} holds answers of other options: {key} was {before.get(key)!r}, "
+                f"now {value!r}; choose another --output, or remove it to start over"
+            )
