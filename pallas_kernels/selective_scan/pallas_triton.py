@@ -19,6 +19,9 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import segments
 from pallas_kernels.dispatch import UnsupportedError
+from pallas_kernels.selective_scan import pallas_triton_backward as backward
+from pallas_kernels.selective_scan import pallas_triton_forward as forward
+from pallas_kernels.selective_scan import pallas_triton_fragments as fragments
 from pallas_kernels.selective_scan import pallas_triton_kernels as kernels
 
 # Warps that fill a large GPU: two for each of an H200's 528 schedulers.
@@ -29,7 +32,7 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 RESET = -1e30
 
 
-def _call(kernel, plan, inputs, outputs):
+def _call(kernel, plan, inputs, outputs, programs=None, warps=None):
     """Runs a kernel on arrays by name; an array that is None is None in the kernel."""
     inputs = {k: v for k, v in inputs.items() if v is not None}
     names = (*inputs, *outputs)
@@ -41,10 +44,10 @@ def _call(kernel, plan, inputs, outputs):
 
     values = pl.pallas_call(
         body,
-        grid=(plan.programs,),
+        grid=(programs or plan.programs,),
         out_shape=tuple(outputs.values()),
         interpret=plan.interpret,
-        compiler_params=plt.CompilerParams(num_warps=plan.warps, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=warps or plan.warps, num_stages=1),
         name=f"selective_scan_{kernel.__name__}",
     )(*inputs.values())
     return dict(zip(outputs, values, strict=True))
@@ -87,8 +90,17 @@ def _linear_recurrence(decays, values, first, reverse=False):
     return jnp.moveaxis(states, 0, 1)
 
 
+def _forward_kernels(plan, inputs):
+    """The module of kernels that fit the call, and the plan as it needs it."""
+    used = ("x", "dt", "B", "C", "z")
+    dtypes = [inputs[k].dtype for k in used if inputs[k] is not None]
+    tiles = forward.tile_plan(plan, dtypes)
+    return (kernels, plan) if tiles is None else (forward, tiles)
+
+
 def _run_forward(plan, arguments, keep_states):
     inputs = _named(arguments)
+    module, plan = _forward_kernels(plan, inputs)
     b, length, e, n = plan.batch, plan.length, plan.channels, plan.state
     h0 = inputs["h0"][:, None]
     total = None
@@ -98,7 +110,7 @@ def _run_forward(plan, arguments, keep_states):
             "end": _float32(b, plan.chunks, e, n),
             "total": _float32(b, plan.chunks, e),
         }
-        local = _call(kernels.local_state_kernel, plan, used, outputs)
+        local = _call(module.local_state_kernel, plan, used, outputs)
         total = local["total"]
         decays = _chunk_decays(plan, inputs["A"], inputs["restart"], total)
         h0 = _linear_recurrence(decays, local["end"], inputs["h0"])
@@ -108,50 +120,64 @@ def _run_forward(plan, arguments, keep_states):
     }
     if keep_states:
         outputs["kept"] = _float32(b, pl.cdiv(length, kernels.BLOCK), e, n)
-    out = _call(kernels.forward_kernel, plan, inputs | {"h0": h0}, outputs)
+    out = _call(module.forward_kernel, plan, inputs | {"h0": h0}, outputs)
     return (out["y"], out["end"][:, -1]), (out.get("kept"), total)
+
+
+def _adjoint_after_chunks(plan, inputs, total, dh):
+    """Adjoints of the states after the chunks, but for what the chunks add themselves."""
+    if plan.chunks == 1:
+        return dh[:, None]
+    used = ("x", "dt", "A", "C", "z", "bias", "restart", "dy")
+    used = {k: inputs[k] for k in used}
+    shape = (plan.batch, plan.chunks, plan.channels, plan.state)
+    outputs = {"end": _float32(*shape)}
+    local = _call(backward.local_adjoint_kernel, plan, used, outputs)
+    decays = _chunk_decays(plan, inputs["A"], inputs["restart"], total)
+    return _linear_recurrence(decays, local["end"], dh, reverse=True)
+
+
+def _call_backward(plan, inputs):
+    """The backward kernel that fits; dB and dC are in parts, [B, L, parts N]."""
+    b, length, e, n = plan.batch, plan.length, plan.channels, plan.state
+    sixteen_bits = [inputs[k] for k in ("x", "dt", "B", "C", "z", "dy")]
+    tiled = fragments.fits(plan, [v.dtype for v in sixteen_bits if v is not None])
+    outputs = {
+        "d" + name: jax.ShapeDtypeStruct((b, length, e), inputs[name].dtype)
+        for name in ("x", "dt", "z")
+        if inputs[name] is not None
+    }
+    for name, groups in (("B", plan.B_groups), ("C", plan.C_groups)):
+        parts = plan.runs * plan.padded_run // plan.group_lanes(groups)[1]
+        parts = e // fragments.TILE if tiled else parts
+        dtype = inputs[name].dtype
+        outputs["d" + name] = jax.ShapeDtypeStruct((b, length, parts * n), dtype)
+    outputs |= {name: _float32(b, plan.chunks, e, n) for name in ("dA", "dh0")}
+    outputs |= {name: _float32(b, plan.chunks, e) for name in ("dD", "dbias")}
+    if tiled:
+        outputs["scratch"] = fragments.scratch(plan)
+        size = fragments.programs(plan), fragments.warps(plan)
+        return _call(fragments.backward_kernel, plan, inputs, outputs, *size)
+    steps = kernels.BLOCK // kernels.BACKWARD_STEPS
+    # Rounded states (of bfloat16 inputs) are used within two steps and not passed on.
+    outputs["scratch"] = jax.ShapeDtypeStruct(
+        (plan.programs, steps, plan.rows, plan.lanes, plan.row), inputs["B"].dtype
+    )
+    return _call(backward.backward_kernel, plan, inputs, outputs)
 
 
 def _run_backward(plan, residuals, cotangents):
     arguments, kept, total = residuals
     dy, dh = cotangents
     inputs = _named(arguments) | {"dy": dy, "kept": kept}
-    b, length, e, n = plan.batch, plan.length, plan.channels, plan.state
-    per_chunk = _float32(b, plan.chunks, e, n)
-    dh = dh.astype(jnp.float32)
-    inputs["dh"] = dh[:, None]
-    if plan.chunks > 1:
-        used = ("x", "dt", "A", "C", "z", "bias", "restart", "dy")
-        used = {k: inputs[k] for k in used}
-        local = _call(kernels.local_adjoint_kernel, plan, used, {"end": per_chunk})
-        decays = _chunk_decays(plan, inputs["A"], inputs["restart"], total)
-        inputs["dh"] = _linear_recurrence(decays, local["end"], dh, reverse=True)
-    parts = {
-        name: plan.runs * plan.padded_run // plan.group_lanes(groups)[1]
-        for name, groups in (("B", plan.B_groups), ("C", plan.C_groups))
-    }
-    outputs = {
-        "d" + name: jax.ShapeDtypeStruct((b, length, e), inputs[name].dtype)
-        for name in ("x", "dt", "z")
-        if inputs[name] is not None
-    }
-    outputs |= {
-        "d" + name: jax.ShapeDtypeStruct((b, length, p * n), inputs[name].dtype)
-        for name, p in parts.items()
-    }
-    outputs |= {"dA": per_chunk, "dh0": per_chunk}
-    outputs |= {name: _float32(b, plan.chunks, e) for name in ("dD", "dbias")}
-    steps = kernels.BLOCK // kernels.BACKWARD_STEPS
-    # Rounded states (of bfloat16 inputs) are used within two steps and not passed on.
-    outputs["scratch"] = jax.ShapeDtypeStruct(
-        (plan.programs, steps, plan.rows, plan.lanes, plan.row), inputs["B"].dtype
-    )
+    inputs["dh"] = _adjoint_after_chunks(plan, inputs, total, dh.astype(jnp.float32))
     del inputs["h0"]
-    out = _call(kernels.backward_kernel, plan, inputs, outputs)
+    out = _call_backward(plan, inputs)
 
     def sum_parts(name, groups):
         """Adds up what several programs computed for one group."""
-        value = out["d" + name].reshape(b, length, groups, -1, n)
+        value = out["d" + name]
+        value = value.reshape(*value.shape[:2], groups, -1, plan.state)
         if value.shape[3] == 1:
             return value[:, :, :, 0]
         total = jnp.sum(value, axis=3, dtype=jnp.float32)

@@ -221,6 +221,55 @@ class TestEveryImplementation:
         assert_tree_close(mapped(inputs), expected, 2e-6)
 
 
+def test_tiles_of_channels(monkeypatch, make_segments, assert_tree_close):
+    """The kernels for groups of 16 channels, 16 states and bfloat16, cut in time."""
+    shape = shapes.Shape(1, 37, 48, 16, 1, 3, segments=3)
+    monkeypatch.setattr(pallas_triton.kernels, "BLOCK", 8)
+    monkeypatch.setattr(pallas_triton, "ENOUGH_WARPS", 8)
+    planned = []
+    plan_of = pallas_triton.forward.tile_plan
+
+    def tile_plan(plan, dtypes):
+        planned.append(plan_of(plan, dtypes))
+        return planned[-1]
+
+    monkeypatch.setattr(pallas_triton.forward, "tile_plan", tile_plan)
+    inputs, _ = make_inputs(shape)
+    ids = make_segments(
+        np.random.default_rng(1), shape.batch, shape.length, shape.segments
+    )
+    low = {
+        k: jnp.asarray(v, jnp.bfloat16) if k in BF16_INPUTS else v
+        for k, v in inputs.items()
+    }
+    # Not `forward`: a program compiled before would not be planned again.
+    found = quick_jit(
+        functools.partial(selective_scan, implementation="pallas_triton")
+    )(**low, segment_ids=ids)
+    up = {k: np.asarray(v).astype(np.float32) for k, v in low.items()}
+    assert_tree_close(found, forward("reference", up, ids), 1e-2)
+    assert [plan.chunks for plan in planned] == [3]
+
+
+def test_gradients_of_tiles_of_channels(monkeypatch, make_segments, assert_tree_close):
+    """The backward kernel in matrix fragments, over chunks of time and a ragged end."""
+    shape = shapes.Shape(1, 37, 48, 16, 1, 3, segments=3)
+    monkeypatch.setattr(pallas_triton, "ENOUGH_WARPS", 8)
+    inputs, (dy, dh) = make_inputs(shape)
+    ids = make_segments(
+        np.random.default_rng(1), shape.batch, shape.length, shape.segments
+    )
+    low = {
+        k: jnp.asarray(v, jnp.bfloat16) if k in BF16_INPUTS else v
+        for k, v in inputs.items()
+    }
+    dy = jnp.asarray(dy, jnp.bfloat16)
+    found = pull_back("pallas_triton", low, ids, (dy, dh))
+    up = {k: np.asarray(v).astype(np.float32) for k, v in low.items()}
+    expected = pull_back("reference", up, ids, (np.asarray(dy).astype(np.float32), dh))
+    assert_tree_close(found, expected, 1e-2)
+
+
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [

@@ -73,6 +73,15 @@ def test_lowers_packed_ragged_and_float32():
     )
 
 
+def test_lowers_packed_ragged_tiles():
+    """The kernels for groups of 16 channels, for lengths no multiple of their steps."""
+    shape = shapes.Shape(1, 130, 48, 16, 1, 3)
+    inputs = abstract_inputs(shape, jnp.bfloat16, options=False)
+    ids = jax.ShapeDtypeStruct((1, 130), jnp.int32)
+    text = lowered(DEVICES[1], scan, inputs, ids)
+    assert text.count("__gpu$xla.gpu.triton") == 1
+
+
 def test_a_small_batch_is_cut_in_time():
     """Long rows of a small batch run as several programs, in two passes each way."""
     shape = shapes.Shape(1, 640, 64, 16, 1, 4)
