@@ -6,5 +6,12 @@ from pallas_kernels.multi_step.api import (
     selective_multi_step,
     ssd_multi_step,
 )
+from pallas_kernels.multi_step.columns import Columns
 
-__all__ = ["Pending", "conv_multi_step", "selective_multi_step", "ssd_multi_step"]
+__all__ = [
+    "Columns",
+    "Pending",
+    "conv_multi_step",
+    "selective_multi_step",
+    "ssd_multi_step",
+]

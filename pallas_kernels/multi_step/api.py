@@ -1,26 +1,42 @@
 """MultiStep for both mixers: validation and choice of implementation."""
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.multi_step import pallas_triton, reference, xla
+from pallas_kernels.multi_step import columns, pallas_triton, reference, xla
+from pallas_kernels.multi_step.columns import Columns
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function for callers who may pass `Columns` and the logarithm of A."""
+
+    @functools.wraps(function)
+    def call(state, pending, num_pending, x, dt, A, *maps, A_is_log, **options):
+        A = -jnp.exp(A.astype(jnp.float32)) if A_is_log else A
+        return function(state, pending, num_pending, x, dt, A, *maps, **options)
+
+    return columns.copied(call)
+
 
 SELECTIVE_IMPLEMENTATIONS = {
     "pallas_triton": pallas_triton.selective_multi_step,
-    "xla": xla.selective_multi_step,
-    "reference": reference.selective_multi_step,
+    "xla": _plain(xla.selective_multi_step),
+    "reference": _plain(reference.selective_multi_step),
 }
 SSD_IMPLEMENTATIONS = {
     "pallas_triton": pallas_triton.ssd_multi_step,
-    "xla": xla.ssd_multi_step,
-    "reference": reference.ssd_multi_step,
+    "xla": _plain(xla.ssd_multi_step),
+    "reference": _plain(reference.ssd_multi_step),
 }
 CONV_IMPLEMENTATIONS = {
     "pallas_triton": pallas_triton.conv_multi_step,
-    "xla": xla.conv_multi_step,
-    "reference": reference.conv_multi_step,
+    "xla": columns.copied(xla.conv_multi_step),
+    "reference": columns.copied(reference.conv_multi_step),
 }
 
 
@@ -31,24 +47,25 @@ class Pending(NamedTuple):
     For Mamba-2: x [B, S, K, P], raw dt [B, S, H], B [B, S, K, N].
     """
 
-    x: Float[Array, "B S ..."]
-    dt: Float[Array, "B S channels"]
-    B: Float[Array, "B S groups N"]
+    x: Float[Array, "B S ..."] | Columns
+    dt: Float[Array, "B S channels"] | Columns
+    B: Float[Array, "B S groups N"] | Columns
 
 
 def selective_multi_step(
     state: Float[Array, "B E N"],
     pending: Pending,
     num_pending: Int[Array, " B"],
-    x: Float[Array, "B T E"],
-    dt: Float[Array, "B T E"],
+    x: Float[Array, "B T E"] | Columns,
+    dt: Float[Array, "B T E"] | Columns,
     A: Float[Array, "E N"],
-    B: Float[Array, "B T GB N"],
-    C: Float[Array, "B T GC N"],
+    B: Float[Array, "B T GB N"] | Columns,
+    C: Float[Array, "B T GC N"] | Columns,
     *,
     D: Float[Array, " E"] | None = None,
-    z: Float[Array, "B T E"] | None = None,
+    z: Float[Array, "B T E"] | Columns | None = None,
     dt_bias: Float[Array, " E"] | None = None,
+    A_is_log: bool = False,
     is_active: Bool[Array, " B"] | None = None,
     commit: bool = True,
     implementation: str | None = None,
@@ -60,6 +77,8 @@ def selective_multi_step(
     first `num_pending` pending tokens and becomes h_j; from h_j the T new tokens run
     and give y. The state after them, h_k, is not returned: the next call replays what
     was accepted.
+
+    Arguments of tokens may be `Columns` of wider arrays.
 
     Args:
       state: State before the pending tokens, float32.
@@ -74,6 +93,7 @@ def selective_multi_step(
       D: Skip weights.
       z: Gate, before its silu.
       dt_bias: Added to both `dt` before the softplus.
+      A_is_log: Whether A holds log(-A), as models store it.
       is_active: Rows that take part, all if None. The others' y is zero and their state
         stays as it is; a kernel reads nothing else of them.
       commit: False to keep h_i: the second result is then `state` and nothing writes
@@ -130,6 +150,7 @@ def selective_multi_step(
         D=D,
         z=z,
         dt_bias=dt_bias,
+        A_is_log=A_is_log,
         is_active=is_active,
         commit=commit,
     )
@@ -139,14 +160,15 @@ def ssd_multi_step(
     state: Float[Array, "B H N P"],
     pending: Pending,
     num_pending: Int[Array, " B"],
-    x: Float[Array, "B T K P"],
-    dt: Float[Array, "B T H"],
+    x: Float[Array, "B T K P"] | Columns,
+    dt: Float[Array, "B T H"] | Columns,
     A: Float[Array, " H"],
-    B: Float[Array, "B T K N"],
-    C: Float[Array, "B T H N"],
+    B: Float[Array, "B T K N"] | Columns,
+    C: Float[Array, "B T H N"] | Columns,
     *,
     D: Float[Array, " H"] | None = None,
     dt_bias: Float[Array, " H"] | None = None,
+    A_is_log: bool = False,
     is_active: Bool[Array, " B"] | None = None,
     commit: bool = True,
     implementation: str | None = None,
@@ -154,6 +176,8 @@ def ssd_multi_step(
     """Returns the new tokens' outputs and the state after the pending tokens only.
 
     `selective_multi_step` (2408.15237 Sec. 4.2, Alg. 2) with the recurrence of `ssd`.
+
+    Arguments of tokens may be `Columns` of wider arrays.
 
     Args:
       state: State before the pending tokens, float32.
@@ -167,6 +191,7 @@ def ssd_multi_step(
       C: Output maps of the heads.
       D: Skip weights.
       dt_bias: Added to both `dt` before the softplus.
+      A_is_log: Whether A holds log(-A), as models store it.
       is_active: Rows that take part, all if None. The others' y is zero and their state
         stays as it is; a kernel reads nothing else of them.
       commit: False to keep h_i: the second result is then `state` and nothing writes
@@ -219,6 +244,7 @@ def ssd_multi_step(
         C,
         D=D,
         dt_bias=dt_bias,
+        A_is_log=A_is_log,
         is_active=is_active,
         commit=commit,
     )
@@ -226,22 +252,27 @@ def ssd_multi_step(
 
 def conv_multi_step(
     window: Float[Array, "B W-1 C"],
-    pending: Float[Array, "B S C"],
+    pending: Float[Array, "B S C"] | Columns,
     num_pending: Int[Array, " B"],
-    x: Float[Array, "B T C"],
+    x: Float[Array, "B T C"] | Columns,
     kernel: Float[Array, "W F"],
     bias: Float[Array, " F"],
     *,
     group: int | None = None,
+    splits: tuple[int, ...] | None = None,
     is_active: Bool[Array, " B"] | None = None,
     commit: bool = True,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T F"], Float[Array, "B W-1 C"]]:
+) -> tuple[
+    Float[Array, "B T F"] | tuple[Float[Array, "B T _"], ...], Float[Array, "B W-1 C"]
+]:
     """Returns the new tokens after the short convolution and its window before them.
 
     The convolution's part of MultiStep (2408.15237 Sec. 4.2, Alg. 2): the window moves
     on over the first `num_pending` pending tokens; from there the T new ones run through
     `causal_conv` with its silu.
+
+    `pending` and `x` may be `Columns` of wider arrays.
 
     Args:
       window: The W - 1 inputs before the pending tokens, the latest one last.
@@ -253,6 +284,7 @@ def conv_multi_step(
       bias: Added before the silu.
       group: Grouped-query expansion: each `group` channels of the inputs are repeated
         F / C times, consecutively. All of them if None.
+      splits: Widths of parts that make up the F outputs; y is then a tuple of them.
       is_active: Rows that take part, all if None. The others' y is zero and their
         window stays as it is; a kernel reads nothing else of them.
       commit: False to keep the window: the second result is then `window`.
@@ -286,6 +318,8 @@ def conv_multi_step(
         raise ValueError(
             f"{op}: kernel has {outputs} channels, no multiple of the {channels} of x"
         )
+    if splits is not None and sum(splits) != outputs:
+        raise ValueError(f"{op}: splits {splits} do not add up to {outputs}")
     return dispatch.run(
         op,
         CONV_IMPLEMENTATIONS,
@@ -297,6 +331,7 @@ def conv_multi_step(
         kernel,
         bias,
         group=group,
+        splits=splits,
         is_active=is_active,
         commit=commit,
     )

@@ -19,16 +19,26 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import gpu
 from pallas_kernels.dispatch import UnsupportedError
+from pallas_kernels.multi_step.columns import Columns
 
 # Tokens are unrolled, so this bounds registers and time to compile.
 MAX_TOKENS = 40
-# Values of the Mamba-1 state that one thread keeps: one 16-byte load.
-VALUES = 4
+# Mamba-1: values of the state that a program keeps; twice as many where the whole state
+# has many values, or where there are many tokens, which then get more warps, too.
+STATE_VALUES = 128
+MANY_VALUES = 1 << 18
+MANY_TOKENS = 6
 # Columns of a Mamba-2 head's state that one program keeps, and the smallest product.
 COLUMNS = 32
 MIN_DOT = 16
-# Input channels that one program of the convolution takes.
-CONV_BLOCK = 32
+# Columns of all rows from which on programs are larger, and tokens up to which they are
+# taken one by one.
+MANY_COLUMNS = 1 << 15
+FEW_TOKENS = 2
+# Input channels that one program of the convolution takes, two to a thread; twice as many
+# where all rows have many.
+CONV_BLOCK = 64
+MANY_CHANNELS = 1 << 15
 # softplus of this is exactly zero.
 NO_STEP = -1e9
 
@@ -83,6 +93,37 @@ def _load(ref, index, mask, other=0.0):
     return _read(ref, index, mask, other).astype(jnp.float32)
 
 
+class _Refs(dict):
+    """A kernel's arrays by name; some lie among the columns of a wider array."""
+
+    def __init__(self, names, refs, columns):
+        super().__init__(zip(names, refs, strict=True))
+        self.columns = dict(columns)
+
+    def sizes(self, name: str) -> tuple[int, ...]:
+        """Shape of a token's values."""
+        if name in self.columns:
+            return self.columns[name][1]
+        return self[name].shape[2:]
+
+    def at(self, name: str, row, token, *index):
+        """Where a token's values with this index lie."""
+        if name not in self.columns:
+            return self[name].at[row, token, *index]
+        start, sizes = self.columns[name]
+        column = index[0] if len(sizes) == 1 else index[0] * sizes[1] + index[1]
+        return self[name].at[row, token, start + column]
+
+    def read(self, name: str, index, mask, other=0.0):
+        """Loads values of tokens; the index begins with row and token."""
+        at = self.at(name, *index)
+        return plt.load(at, mask=mask, other=None if mask is None else other)
+
+    def load(self, name: str, index, mask, other=0.0):
+        """The same in float32."""
+        return self.read(name, index, mask, other).astype(jnp.float32)
+
+
 def _tokens(refs):
     """Pending slots and new tokens; there is no array of no slots."""
     slots = refs["old_x"].shape[1] if "old_x" in refs else 0
@@ -99,87 +140,131 @@ def _when_active(refs, row, work, skip):
     pl.when(jnp.logical_not(is_active))(skip)
 
 
-def _selective_kernel(*refs, names, channels, states):
-    """Some channels of one row: h [channels, states] through all the tokens."""
-    refs = dict(zip(names, refs, strict=True))
+def _unstack(tile, count: int):
+    """The first `count` rows of a tile, each as a vector, in registers."""
+    if tile.shape[0] == 1:
+        return [tile.reshape(tile.shape[1])]
+    rows = lax.split(tile, (1,) * tile.shape[0], 0)
+    return [row.reshape(tile.shape[1]) for row in rows[:count]]
+
+
+def _stack(rows):
+    """Inverse of `_unstack`; rows of zeros fill up to a power of two."""
+    rows = [*rows, *[jnp.zeros_like(rows[0])] * (_power_of_two(len(rows)) - len(rows))]
+    while len(rows) > 1:
+        half = len(rows) // 2
+        pairs = zip(rows[:half], rows[half:], strict=True)
+        rows = [jnp.stack(pair, axis=-1) for pair in pairs]
+    return rows[0].reshape(rows[0].shape[0], -1).T
+
+
+def _selective_kernel(*refs, names, columns, channels, states, is_log):
+    """Some channels of one row: h [channels, states] through all the tokens.
+
+    What is one number a token and channel is loaded and computed as a tile of all the
+    tokens and then taken apart, so that no lane computes it again for every state.
+    """
+    refs = _Refs(names, refs, columns)
     row = pl.program_id(1)
     d_inner, n = refs["A"].shape
     slots, tokens = _tokens(refs)
     e = _Part.create(pl.program_id(0) * channels, channels, d_inner)
     i, j, mask = _spread(e, _Part.create(0, states, n))
 
-    def vector(name, *index):
-        return _load(refs[name], (*index, e.at), e.inside)
+    def optional(name):
+        return _load(refs[name], (e.at,), e.inside)[None, :] if name in refs else None
 
-    def optional(name, *index):
-        return vector(name, *index) if name in refs else None
+    def part(count):
+        return _Part.create(0, _power_of_two(count), count)
 
-    def maps(name, token):
-        group = i // (d_inner // refs[name].shape[2])
-        return _load(refs[name], (row, token, group, j), mask)
+    def tile(name, count):
+        t, c, inside = _spread(part(count), e)
+        return refs.load(name, (row, t, c), inside)
+
+    def maps(name, count):
+        group = i // (d_inner // refs.sizes(name)[0])
+        return [refs.load(name, (row, t, group, j), mask) for t in range(count)]
 
     def work():
         count = refs["num_pending"][row]
         bias, skip = optional("dt_bias"), optional("D")
-        A = _load(refs["A"], (i, j), mask) * gpu.LOG2_E
+        A = _rates(_load(refs["A"], (i, j), mask), is_log)
         h = _load(refs["state"], (row, i, j), mask)
-        old = [
-            (vector("old_x", row, s), vector("old_dt", row, s), maps("old_B", s))
-            for s in range(slots)
-        ]
-        new = [
-            (vector("x", row, t), vector("dt", row, t), maps("B", t), maps("C", t))
-            for t in range(tokens)
-        ]
-        gates = [optional("z", row, t) for t in range(tokens)]
+        if slots:
+            old_x, old_dt = tile("old_x", slots), tile("old_dt", slots)
+            old_B = maps("old_B", slots)
+        x, dt, z = tile("x", tokens), tile("dt", tokens), None
+        B, C = maps("B", tokens), maps("C", tokens)
+        if "z" in refs:
+            z = tile("z", tokens)
 
-        def step_size(dt):
+        def step_sizes(dt):
             return gpu.softplus(dt if bias is None else dt + bias)
 
-        def advance(h, x, dt, B):
-            return gpu.exp2(dt[:, None] * A) * h + (dt * x)[:, None] * B
+        def advance(h, dt, dt_x, B):
+            return gpu.exp2(dt[:, None] * A) * h + dt_x[:, None] * B
 
-        for s, (x, dt, B) in enumerate(old):
-            h = advance(h, x, jnp.where(s < count, step_size(dt), 0.0), B)
+        if slots:
+            replayed = (part(slots).at < count)[:, None]
+            old_dt = jnp.where(replayed, step_sizes(old_dt), 0.0)
+            old = (_unstack(old_dt, slots), _unstack(old_dt * old_x, slots), old_B)
+            for token in zip(*old, strict=True):
+                h = advance(h, *token)
         if "new_state" in refs:
             plt.store(refs["new_state"].at[row, i, j], h, mask=mask)
-        for t, (x, dt, B, C) in enumerate(new):
-            h = advance(h, x, step_size(dt), B)
-            y = jnp.sum(h * C, axis=1)
-            if skip is not None:
-                y = y + skip * x
-            if gates[t] is not None:
-                y = y * gates[t] * gpu.sigmoid(gates[t])
-            put(t, y)
+        dt = step_sizes(dt)
+        new = (_unstack(dt, tokens), _unstack(dt * x, tokens), B)
+        ys = []
+        for out, *token in zip(C, *new, strict=True):
+            h = advance(h, *token)
+            ys.append(jnp.sum(h * out, axis=1))
+        y = _stack(ys)
+        if skip is not None:
+            y = y + skip * x
+        put(y if z is None else y * z * gpu.sigmoid(z))
 
-    def put(t, y):
-        y = y.astype(refs["y"].dtype)
-        plt.store(refs["y"].at[row, t, e.at], y, mask=e.inside)
+    def put(y):
+        t, c, inside = _spread(part(tokens), e)
+        plt.store(refs["y"].at[row, t, c], y.astype(refs["y"].dtype), mask=inside)
 
     def nothing():
-        for t in range(tokens):
-            put(t, jnp.zeros((channels,), jnp.float32))
+        put(jnp.zeros((_power_of_two(tokens), channels), jnp.float32))
 
     _when_active(refs, row, work, nothing)
 
 
+def _rates(A, is_log):
+    """Decay rates to the base of 2."""
+    return (-gpu.exp2(A * gpu.LOG2_E) if is_log else A) * gpu.LOG2_E
+
+
 def _call(kernel, inputs, y, grid, *, commit, num_warps):
-    """Runs a kernel; its first input, the state, is an output too where committed."""
+    """Runs a kernel; its first input, the state, is an output too where committed.
+
+    `y` is the shape of the other output, or of several by name.
+    """
     first = next(iter(inputs))
-    names = (*inputs, "y", *([f"new_{first}"] if commit else []))
     state = inputs[first]
-    out_shape = [y] + ([jax.ShapeDtypeStruct(state.shape, state.dtype)] * commit)
+    columns = {n: (v.start, v.sizes) for n, v in inputs.items() if _is_columns(v)}
+    arrays = [v.values if _is_columns(v) else v for v in inputs.values()]
+    ys = {"y": y} if isinstance(y, jax.ShapeDtypeStruct) else y
+    names = (*inputs, *ys, *([f"new_{first}"] if commit else []))
+    out_shape = [
+        *ys.values(),
+        *[jax.ShapeDtypeStruct(state.shape, state.dtype)] * commit,
+    ]
     outputs = pl.pallas_call(
-        functools.partial(kernel, names=names),
+        functools.partial(kernel, names=names, columns=columns),
         grid=grid,
         out_shape=out_shape,
         # In place where the caller's state may be overwritten, as in a decoding loop.
-        input_output_aliases={0: 1} if commit else {},
+        input_output_aliases={0: len(ys)} if commit else {},
         compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=gpu.INTERPRET,
         name=kernel.func.__name__.strip("_"),
-    )(*inputs.values())
-    return (outputs[0], outputs[1] if commit else state)
+    )(*arrays)
+    found = outputs[0] if ys is not y else tuple(outputs[: len(ys)])
+    return (found, outputs[-1] if commit else state)
 
 
 def _inputs(state, pending, num_pending, is_active):
@@ -192,6 +277,10 @@ def _inputs(state, pending, num_pending, is_active):
     if pending.x.shape[1]:
         inputs |= {"old_x": pending.x, "old_dt": pending.dt, "old_B": pending.B}
     return inputs
+
+
+def _is_columns(value):
+    return isinstance(value, Columns)
 
 
 def _given(**arrays):
@@ -211,6 +300,7 @@ def selective_multi_step(
     D,
     z,
     dt_bias,
+    A_is_log,
     is_active,
     commit,
 ):
@@ -222,32 +312,37 @@ def selective_multi_step(
     inputs |= {"x": x, "dt": dt, "A": A, "B": B, "C": C}
     inputs |= _given(D=D, z=z, dt_bias=dt_bias)
     states = _power_of_two(A.shape[1])
-    channels = max(1, 32 * VALUES // states)
-    kernel = functools.partial(_selective_kernel, channels=channels, states=states)
+    is_large = batch * d_inner * states > MANY_VALUES
+    is_long = tokens + pending.x.shape[1] >= MANY_TOKENS
+    values = STATE_VALUES * (2 if is_large or is_long else 1)
+    channels = max(1, values // states)
+    kernel = functools.partial(
+        _selective_kernel, channels=channels, states=states, is_log=A_is_log
+    )
     return _call(
         kernel,
         inputs,
         jax.ShapeDtypeStruct(x.shape, x.dtype),
         (pl.cdiv(d_inner, channels), batch),
         commit=commit,
-        num_warps=1,
+        num_warps=4 if is_long and not is_large else 1,
     )
 
 
-def _ssd_kernel(*refs, names, columns, states, exact):
+def _ssd_kernel(*refs, names, columns, width, states, is_log, exact):
     """Some columns of a head's state, h [states, columns], through all the tokens.
 
     As in `ssd`, the tokens meet in matrix products, so that the state is multiplied
     twice however many there are: by the pending tokens' decay and by the new ones' C.
     """
-    refs = dict(zip(names, refs, strict=True))
+    refs = _Refs(names, refs, columns)
     row = pl.program_id(1)
-    _, heads, n, width = refs["state"].shape
+    _, heads, n, head_dim = refs["state"].shape
     slots, tokens = _tokens(refs)
-    blocks = pl.cdiv(width, columns)
+    blocks = pl.cdiv(head_dim, width)
     head = pl.program_id(0) // blocks
-    group = head // (heads // refs["x"].shape[2])
-    p = _Part.create(pl.program_id(0) % blocks * columns, columns, width)
+    group = head // (heads // refs.sizes("x")[0])
+    p = _Part.create(pl.program_id(0) % blocks * width, width, head_dim)
     n = _Part.create(0, states, n)
     i, j, mask = _spread(n, p)
     dot = functools.partial(_dot, exact)
@@ -257,16 +352,18 @@ def _ssd_kernel(*refs, names, columns, states, exact):
 
     def tile(name, token, part, which):
         t, c, inside = _spread(token, part)
-        return _read(refs[name], (row, t, which, c), inside)
+        return refs.read(name, (row, t, which, c), inside)
 
     def raw_steps(name, token):
-        return _load(refs[name], (row, token.at, head), token.inside, NO_STEP)
+        return refs.load(name, (row, token.at, head), token.inside, NO_STEP)
 
     def scalar(name):
         return refs[name][head].astype(jnp.float32) if name in refs else None
 
     def work():
-        A, bias, skip = scalar("A") * gpu.LOG2_E, scalar("dt_bias"), scalar("D")
+        # The exponential is an instruction for vectors: of one value.
+        A = jnp.sum(_rates(jnp.full((1,), scalar("A"), jnp.float32), is_log))
+        bias, skip = scalar("dt_bias"), scalar("D")
         count = refs["num_pending"][row]
         h = _load(refs["state"], (row, head, i, j), mask)
         if slots:
@@ -301,7 +398,84 @@ def _ssd_kernel(*refs, names, columns, states, exact):
         plt.store(refs["y"].at[row, t, head, c], y.astype(refs["y"].dtype), mask=inside)
 
     def nothing():
-        put(jnp.zeros((_power_of_two(tokens, MIN_DOT), columns), jnp.float32))
+        put(jnp.zeros((_power_of_two(tokens, MIN_DOT), width), jnp.float32))
+
+    _when_active(refs, row, work, nothing)
+
+
+def _ssd_step_kernel(*refs, names, columns, width, states, is_log):
+    """`_ssd_kernel` for single tokens: they need no matrix products."""
+    refs = _Refs(names, refs, columns)
+    row = pl.program_id(1)
+    _, heads, n, head_dim = refs["state"].shape
+    slots, tokens = _tokens(refs)
+    blocks = pl.cdiv(head_dim, width)
+    head = pl.program_id(0) // blocks
+    group = head // (heads // refs.sizes("x")[0])
+    p = _Part.create(pl.program_id(0) % blocks * width, width, head_dim)
+    n = _Part.create(0, states, n)
+    i, j, mask = _spread(n, p)
+
+    def vector(name, t, part, which):
+        return refs.load(name, (row, t, which, part.at), part.inside)
+
+    def scalar(name):
+        return refs[name][head].astype(jnp.float32) if name in refs else None
+
+    def work():
+        # The exponential is an instruction for vectors: of one value.
+        A = jnp.sum(_rates(jnp.full((1,), scalar("A"), jnp.float32), is_log))
+        bias, skip = scalar("dt_bias"), scalar("D")
+        count = refs["num_pending"][row]
+        h = _load(refs["state"], (row, head, i, j), mask)
+
+        def load(prefix, count):
+            at = _Part.create(0, _power_of_two(count), count)
+            dt = refs.load(f"{prefix}dt", (row, at.at, head), at.inside, NO_STEP)
+            x = [vector(f"{prefix}x", t, p, group) for t in range(count)]
+            return (
+                at.at,
+                dt,
+                x,
+                [vector(f"{prefix}B", t, n, group) for t in range(count)],
+            )
+
+        def decays(at, dt, count):
+            """Step size and decay of every token, as scalars."""
+            values = (dt, gpu.exp2(dt * A))
+            return [
+                [jnp.sum(jnp.where(at == t, v, 0.0)) for v in values]
+                for t in range(count)
+            ]
+
+        def step_sizes(dt):
+            return gpu.softplus(dt if bias is None else dt + bias)
+
+        old = load("old_", slots) if slots else None
+        at, dt, xs, Bs = load("", tokens)
+        Cs = [vector("C", t, n, head) for t in range(tokens)]
+        if slots:
+            old_at, old_dt, old_xs, old_Bs = old
+            old_dt = jnp.where(old_at < count, step_sizes(old_dt), 0.0)
+            scalars = decays(old_at, old_dt, slots)
+            for (step, decay), x, B in zip(scalars, old_xs, old_Bs, strict=True):
+                h = decay * h + (step * B)[:, None] * x[None, :]
+        if "new_state" in refs:
+            plt.store(refs["new_state"].at[row, head, i, j], h, mask=mask)
+        scalars = decays(at, step_sizes(dt), tokens)
+        new = zip(scalars, xs, Bs, Cs, strict=True)
+        for t, ((step, decay), x, B, C) in enumerate(new):
+            h = decay * h + (step * B)[:, None] * x[None, :]
+            y = jnp.sum(h * C[:, None], axis=0)
+            put(t, y if skip is None else y + skip * x)
+
+    def put(t, y):
+        y = y.astype(refs["y"].dtype)
+        plt.store(refs["y"].at[row, t, head, p.at], y, mask=p.inside)
+
+    def nothing():
+        for t in range(tokens):
+            put(t, jnp.zeros((width,), jnp.float32))
 
     _when_active(refs, row, work, nothing)
 
@@ -347,6 +521,7 @@ def ssd_multi_step(
     *,
     D,
     dt_bias,
+    A_is_log,
     is_active,
     commit,
 ):
@@ -358,10 +533,17 @@ def ssd_multi_step(
     inputs = _inputs(state, pending, num_pending, is_active)
     inputs |= {"x": x, "dt": dt, "A": A, "B": B, "C": C}
     inputs |= _given(D=D, dt_bias=dt_bias)
-    columns = min(COLUMNS, _power_of_two(width, MIN_DOT))
-    states = _power_of_two(n, MIN_DOT)
+    columns = COLUMNS if batch * heads * width < MANY_COLUMNS else 2 * COLUMNS
+    columns = min(columns, _power_of_two(width, MIN_DOT))
+    sizes = {
+        "width": columns,
+        "states": _power_of_two(n, MIN_DOT),
+        "is_log": A_is_log,
+    }
     exact = any(a.dtype == jnp.float32 for a in (x, B, C, pending.x, pending.B))
-    kernel = functools.partial(_ssd_kernel, columns=columns, states=states, exact=exact)
+    kernel = functools.partial(_ssd_kernel, exact=exact, **sizes)
+    if max(tokens, pending.x.shape[1]) <= FEW_TOKENS:
+        kernel = functools.partial(_ssd_step_kernel, **sizes)
     return _call(
         kernel,
         inputs,
@@ -372,20 +554,31 @@ def ssd_multi_step(
     )
 
 
-def _conv_kernel(*refs, names, block, repeats, group, width):
+def _conv_kernel(*refs, names, columns, splits, block, repeats, group, width):
     """Some input channels of one row: T convolved tokens and the window before them."""
-    refs = dict(zip(names, refs, strict=True))
+    refs = _Refs(names, refs, columns)
     row = pl.program_id(1)
-    _, tokens, channels = refs["x"].shape
+    tokens, (channels,) = refs["x"].shape[1], refs.sizes("x")
     slots = refs["pending"].shape[1] if "pending" in refs else 0
     c = _Part.create(pl.program_id(0) * block, block, channels)
 
-    def load(name, *index):
-        return _load(refs[name], (row, *index, c.at), c.inside)
+    def load(name, token):
+        return refs.load(name, (row, token, c.at), c.inside)
 
     def put(name, t, at, value):
         ref = refs[name]
         plt.store(ref.at[row, t, at], value.astype(ref.dtype), mask=c.inside)
+
+    def put_y(t, f, value):
+        start = 0
+        for name, size in splits.items():
+            mask, ref, at = c.inside, refs[name], f
+            if len(splits) > 1:
+                here = jnp.logical_and(f >= start, f < start + size)
+                mask = here if mask is None else jnp.logical_and(mask, here)
+                at = jnp.where(here, f - start, size)
+            plt.store(ref.at[row, t, at], value.astype(ref.dtype), mask=mask)
+            start += size
 
     # Where the repeats of an input channel lie: a group is repeated as a whole.
     outputs = [
@@ -412,20 +605,20 @@ def _conv_kernel(*refs, names, block, repeats, group, width):
                 y = bias
                 for tap, value in zip(taps, inputs[t : t + width], strict=True):
                     y = y + tap * value
-                put("y", t, f, y * gpu.sigmoid(y))
+                put_y(t, f, y * gpu.sigmoid(y))
         if "new_window" in refs:
             for i, value in enumerate(window):
                 put("new_window", i, c.at, value)
 
     def nothing():
         for f, t in itertools.product(outputs, range(tokens)):
-            put("y", t, f, jnp.zeros((block,), jnp.float32))
+            put_y(t, f, jnp.zeros((block,), jnp.float32))
 
     _when_active(refs, row, work, nothing)
 
 
 def conv_multi_step(
-    window, pending, num_pending, x, kernel, bias, *, group, is_active, commit
+    window, pending, num_pending, x, kernel, bias, *, group, splits, is_active, commit
 ):
     """Returns (y, window_j); see `api.conv_multi_step` for the arguments."""
     batch, tokens, channels = x.shape
@@ -439,9 +632,18 @@ def conv_multi_step(
     inputs |= _given(is_active=None if is_active is None else is_active.astype(i32))
     inputs |= {"pending": pending} if slots else {}
     inputs |= {"x": x, "kernel": kernel, "bias": bias}
+    block = CONV_BLOCK * (2 if batch * channels >= MANY_CHANNELS else 1)
+    named = {"y": outputs}
+    if splits is not None:
+        named = {f"y{i}": size for i, size in enumerate(splits)}
+    ys = {
+        name: jax.ShapeDtypeStruct((batch, tokens, size), x.dtype)
+        for name, size in named.items()
+    }
     body = functools.partial(
         _conv_kernel,
-        block=CONV_BLOCK,
+        splits=named,
+        block=block,
         repeats=outputs // channels,
         group=group,
         width=width,
@@ -449,8 +651,8 @@ def conv_multi_step(
     return _call(
         body,
         inputs,
-        jax.ShapeDtypeStruct((batch, tokens, outputs), x.dtype),
-        (pl.cdiv(channels, CONV_BLOCK), batch),
+        ys["y"] if splits is None else ys,
+        (pl.cdiv(channels, block), batch),
         commit=commit,
-        num_warps=1,
+        num_warps=block // 32,
     )

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels.causal_conv import parts
 from pallas_kernels.causal_conv import reference as conv_reference
 from pallas_kernels.multi_step.rows import row_where, settle
 from pallas_kernels.selective_scan import reference as selective_reference
@@ -54,7 +55,7 @@ def ssd_multi_step(
 
 
 def conv_multi_step(
-    window, pending, num_pending, x, kernel, bias, *, group, is_active, commit
+    window, pending, num_pending, x, kernel, bias, *, group, splits, is_active, commit
 ):
     """Returns (y, window_j); see `api.conv_multi_step` for the arguments."""
     before, width = window, window.shape[1]
@@ -73,4 +74,6 @@ def conv_multi_step(
         segment_ids=None,
         activation="silu",
     )
+    if splits is not None:
+        y = parts.split(y, splits)
     return settle(y, window, before, is_active, commit)

@@ -1,5 +1,6 @@
 """Which rows a call of MultiStep changes."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -13,7 +14,7 @@ def settle(
 ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
     """Returns y and the state as the api has them: see `is_active` and `commit`."""
     if is_active is not None:
-        y = row_where(is_active, y, jnp.zeros_like(y))
+        y = jax.tree.map(lambda y: row_where(is_active, y, jnp.zeros_like(y)), y)
         after = row_where(is_active, after, before)
     return y, after if commit else before
 

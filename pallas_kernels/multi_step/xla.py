@@ -7,6 +7,7 @@ products over all the tokens at once.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.causal_conv import parts
 from pallas_kernels.causal_conv import xla as xla_conv
 from pallas_kernels.multi_step.rows import settle
 from pallas_kernels.ssd import chunked as ssd_chunked
@@ -115,12 +116,14 @@ def ssd_multi_step(
 
 
 def conv_multi_step(
-    window, pending, num_pending, x, kernel, bias, *, group, is_active, commit
+    window, pending, num_pending, x, kernel, bias, *, group, splits, is_active, commit
 ):
     """Returns (y, window_j); see `api.conv_multi_step` for the arguments."""
     y, after = convolve(
         xla_conv.causal_conv, window, pending, num_pending, x, kernel, bias, group
     )
+    if splits is not None:
+        y = parts.split(y, splits)
     return settle(y, after, window, is_active, commit)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels import gpu
 from pallas_kernels.multi_step import (
+    Columns,
     Pending,
     api,
     conv_multi_step,
@@ -243,6 +244,32 @@ class TestBothMixers:
             step(num_pending=good, **inputs, implementation="fast")
 
 
+def as_columns(arrays):
+    """The arrays side by side among other columns, each as `Columns` of the whole."""
+    batch, tokens = next(iter(arrays.values())).shape[:2]
+    flat = [np.asarray(v).reshape(batch, tokens, -1) for v in arrays.values()]
+    noise = np.full((batch, tokens, 3), 7.0, np.float32)
+    whole = jnp.asarray(np.concatenate([noise, *flat, noise], axis=-1))
+    starts = np.cumsum([3, *[v.shape[2] for v in flat]])
+    return {
+        name: Columns(whole, int(start), v.shape[2:])
+        for (name, v), start in zip(arrays.items(), starts[:-1], strict=True)
+    }
+
+
+@pytest.mark.parametrize(("step", "make", "shape"), MIXERS)
+def test_columns_and_logarithms(step, make, shape, assert_tree_close):
+    inputs = make(shape)
+    counts = jnp.array([3, 1], jnp.int32)
+    expected = quick_jit(step)(num_pending=counts, **inputs)
+    wide = as_columns({k: inputs[k] for k in ("x", "dt", "B", "C", "z") if k in inputs})
+    wide["pending"] = Pending(**as_columns(inputs["pending"]._asdict()))
+    wide["A"] = np.log(-inputs["A"])
+    of_logarithm = functools.partial(step, A_is_log=True)
+    found = quick_jit(of_logarithm)(num_pending=counts, **(inputs | wide))
+    assert_tree_close(found, expected, 1e-6)
+
+
 @pytest.mark.parametrize(
     ("step", "make", "shape"),
     [
@@ -383,9 +410,30 @@ class TestConv:
         np.testing.assert_array_equal(window, inputs["window"])
 
 
+@pytest.mark.parametrize("implementation", api.CONV_IMPLEMENTATIONS)
+def test_conv_in_parts(implementation, assert_close):
+    inputs = make_conv(2, 1, 3, 80, 1, 80, 4)
+    step = functools.partial(
+        conv_multi_step,
+        num_pending=jnp.array([0, 1], jnp.int32),
+        is_active=jnp.array([False, True]),
+        implementation=implementation,
+    )
+    whole, window = quick_jit(step)(**inputs)
+    inputs |= as_columns({"x": inputs["x"]}) | as_columns(
+        {"pending": inputs["pending"]}
+    )
+    in_parts = functools.partial(step, splits=(10, 40, 30))
+    parts, same = quick_jit(in_parts)(**inputs)
+    assert [part.shape[-1] for part in parts] == [10, 40, 30]
+    assert_close(np.concatenate(parts, axis=-1), whole, 1e-6)
+    np.testing.assert_array_equal(window, same)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"splits": (100, 9)}, "splits (100, 9) do not add up to 108"),
         ({"window": jnp.ones((2, 2, 36))}, "window has shape (2, 2, 36), expected"),
         (
             {"kernel": jnp.ones((4, 100))},

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import bench_cases
-from pallas_kernels.multi_step import conv_multi_step
+from pallas_kernels.multi_step import Columns, conv_multi_step
 
 # One pending token and one new, drafts to verify, and the largest batch.
 SELECTIVE = ("mamba_2_8b_k1", "mamba_2_8b_k8", "paper_8b_k4")
@@ -26,6 +26,70 @@ def test_lowers_to_one_kernel(name, lower_for_cuda):
         functools.partial(case.call, implementation="pallas_triton"), inputs
     )
     assert text.count("__gpu$xla.gpu.triton") == 1
+
+
+def in_columns(inputs):
+    """The inputs as a fused product and a model's weights hold them."""
+    wide = {"A": jnp.log(-inputs["A"]), "A_is_log": True}
+    for names in (("old_dt", "old_B"), ("z", "B", "C", "dt")):
+        names = [name for name in names if name in inputs]
+        flat = [inputs[n].reshape(*inputs[n].shape[:2], -1) for n in names]
+        starts = [sum(v.shape[2] for v in flat[:i]) for i in range(len(flat))]
+        whole = jnp.concatenate(flat, axis=-1)
+        for name, start in zip(names, starts, strict=True):
+            wide[name] = Columns(whole, start, inputs[name].shape[2:])
+    return inputs | wide
+
+
+@pytest.mark.parametrize("name", ["paper_8b_k4", "ssd_paper_8b_k4"])
+def test_lowers_with_columns(name, lower_for_cuda):
+    case, inputs = abstract_inputs(name)
+    text = lower_for_cuda(lambda i: case.call(in_columns(i), "pallas_triton"), inputs)
+    assert text.count("__gpu$xla.gpu.triton") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("name", ["paper_8b_k4", "ssd_paper_8b_k4"])
+def test_compiled_columns_match_arrays(name, tokens, assert_tree_close):
+    case = bench_cases.multi_step_case(name)
+    inputs = case.make(jax.random.key(1))
+    for key in ("old_x", "old_dt", "old_B", "x", "dt", "B", "C", "z"):
+        if key in inputs:
+            inputs[key] = inputs[key][:, :tokens]
+    inputs["num_pending"] = jnp.full_like(inputs["num_pending"], tokens)
+    found = jax.jit(lambda i: case.call(in_columns(i), "pallas_triton"))(inputs)
+    expected = jax.jit(lambda i: case.call(i, "reference"))(inputs)
+    assert_tree_close(found, expected, 1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("batch", [1, 64])
+def test_compiled_conv_in_parts(batch, assert_tree_close):
+    splits = (1024, 1024, 4096)
+    specs = conv_inputs(batch, 3, 6144, 6144)
+    keys = jax.random.split(jax.random.key(0), len(specs))
+    inputs = {
+        name: jnp.full(v.shape, 2, v.dtype)
+        if v.dtype == jnp.int32
+        else jax.random.normal(key, v.shape, v.dtype)
+        for key, (name, v) in zip(keys, specs.items(), strict=True)
+    }
+    noise = jnp.ones((batch, 3, 32), jnp.bfloat16)
+    wide = {
+        name: Columns(
+            jnp.concatenate([inputs[name], noise], axis=-1), 0, inputs[name].shape[2:]
+        )
+        for name in ("x", "pending")
+    }
+    step = functools.partial(conv_multi_step, splits=splits)
+    found = jax.jit(functools.partial(step, implementation="pallas_triton"))(
+        **(inputs | wide)
+    )
+    expected = jax.jit(functools.partial(step, implementation="reference"))(**inputs)
+    assert_tree_close(found, expected, 1e-2)
 
 
 @pytest.mark.parametrize("name", ["mamba_2_8b_k1", "ssd_paper_8b_k4"])
