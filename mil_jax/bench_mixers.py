@@ -30,8 +30,12 @@ MIXERS: dict[str, type[SSMMixer]] = {
     "mamba2_mixer": Mamba2Mixer,
 }
 BATCH, LENGTH = 8, 2048
-# The gradient of Mamba-2's D is a sum that nearly cancels: bfloat16 alone moves it by 0.09.
-TOLERANCE = {"forward": 1e-2, "forward_backward": 0.15}
+# About 1.5 times what an H200 finds.
+TOLERANCE = {"forward": 6e-3, "forward_backward": 1e-2}
+# Where the skip D x outweighs the recurrence, D only scales what the gated norm normalises
+# anyway: its gradient is a small rest of large terms, whose bfloat16 rounding is as large as
+# elsewhere.
+LOOSE = {"mamba_mixer": {}, "mamba2_mixer": {"D": 6e-2}}
 IMPLEMENTATIONS = ("auto", "xla_chunked", "reference")
 
 
@@ -98,6 +102,7 @@ def mixer_case(op: str, teacher: ModelConfig, batch: int, length: int) -> Case:
         IMPLEMENTATIONS,
         costs,
         tolerance=TOLERANCE,
+        loose=LOOSE[op],
     )
 
 

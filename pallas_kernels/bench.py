@@ -10,14 +10,10 @@ them. Floors and peers' times: see `Cost` and `PEERS`.
 """
 
 import argparse
-import datetime
 import glob
-import importlib.metadata
-import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import recording
 from pallas_kernels.bench_cases import OPS, PEAKS, Case, Peaks
 
 PASSES = ("forward", "forward_backward")
@@ -37,7 +34,7 @@ WARM_UP = 3
 
 
 # Milliseconds of other people's kernels at the same shapes in bfloat16, quoted: measured
-# on an H200 with PyTorch 2.11 in November 2026, not in this run.
+# on an H200 with PyTorch 2.11 (cuDNN in JAX: 0.11.2) in November 2026, not in this run.
 PEERS = {
     ("selective_scan", "paper_8b", "forward"): ("mamba_ssm CUDA", 1.316),
     ("selective_scan", "paper_8b", "forward_backward"): ("mamba_ssm CUDA", 6.25),
@@ -47,6 +44,10 @@ PEERS = {
     ("multi_step", "mamba_2_8b_k1", "forward"): ("original Triton", 0.002),
     ("multi_step", "mamba_2_8b_k4", "forward"): ("original Triton", 0.005),
     ("multi_step", "mamba_2_8b_k8", "forward"): ("original Triton", 0.009),
+    ("cached_attention", "llama3_8b", "forward"): ("cuDNN in JAX", 0.0113),
+    ("cached_attention", "llama3_8b_32k", "forward"): ("cuDNN in JAX", 0.0394),
+    ("cached_attention", "llama3_8b_batch", "forward"): ("cuDNN in JAX", 0.962),
+    ("cached_attention", "llama3_8b_chunk", "forward"): ("cuDNN in JAX", 1.746),
     ("mamba_mixer", "paper_8b", "forward"): ("original", 6.59),
     ("mamba_mixer", "paper_8b", "forward_backward"): ("original", 19.9),
     ("mamba2_mixer", "paper_8b", "forward"): ("original", 4.14),
@@ -103,13 +104,21 @@ def find_truth(case: Case, pass_: str, seed: int = 0) -> Truth:
     exact = jax.tree.map(
         lambda v: v.astype(jnp.float32) if _is_float(v) else v, (inputs, cotangents)
     )
+    # Nobody times the reference: searching the fastest products for it would take minutes.
+    options = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else {}
+    reference = pass_function(case, pass_, "reference")
     with jax.default_matmul_precision("highest"):
-        expected = jax.jit(pass_function(case, pass_, "reference"))(*exact)
+        expected = jax.jit(reference, compiler_options=options)(*exact)
     return Truth(inputs, cotangents, expected)
 
 
-def check(case: Case, pass_: str, implementation: str, truth: Truth) -> float:
-    """Returns the largest relative error of an output or a gradient, in norm."""
+def check(
+    case: Case, pass_: str, implementation: str, truth: Truth
+) -> tuple[float, bool]:
+    """Returns the largest relative error in norm, and whether all are in bounds.
+
+    Gradients with a bound of their own count for the second only.
+    """
     function = jax.jit(pass_function(case, pass_, implementation))
     found = function(truth.inputs, truth.cotangents)
 
@@ -118,9 +127,16 @@ def check(case: Case, pass_: str, implementation: str, truth: Truth) -> float:
         found, expected = found.astype(jnp.float32), expected.astype(jnp.float32)
         return jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected)
 
-    errors = jax.tree.leaves(jax.tree.map(error, found, truth.expected))
-    errors = [float(e) for e in errors]
-    return math.inf if any(map(math.isnan, errors)) else max(errors)
+    errors = jax.tree.map(error, found, truth.expected)
+    own = {}
+    if pass_ == "forward_backward":
+        errors, gradients = errors
+        own = {k: float(gradients[k]) for k in case.loose if k in gradients}
+        errors = errors, {k: v for k, v in gradients.items() if k not in own}
+    common = [float(e) for e in jax.tree.leaves(errors)]
+    worst = math.inf if any(map(math.isnan, common)) else max(common)
+    is_green = worst <= case.tolerance[pass_]
+    return worst, is_green and all(v <= case.loose[k] for k, v in own.items())
 
 
 def input_sets(case: Case, calls: int, seed: int = 1) -> list[tuple[Any, Any]]:
@@ -224,14 +240,14 @@ def measure(case: Case, repetitions: int = 50) -> list[dict[str, Any]]:
         if name == "reference":
             continue
         try:
-            errors = {p: check(case, p, name, truth) for p, truth in truths.items()}
+            checks = {p: check(case, p, name, truth) for p, truth in truths.items()}
         except NotImplementedError as reason:
             print(f"{case.op}: {name} does not run here: {reason}")
             continue
-        is_green = all(errors[pass_] <= case.tolerance[pass_] for pass_ in errors)
+        is_green = all(is_in_bounds for _, is_in_bounds in checks.values())
         for pass_, cost in case.costs.items():
             row = {"op": case.op, "pass": pass_, "shape": case.shape}
-            row |= {"implementation": name, "error": errors[pass_], "cost": cost}
+            row |= {"implementation": name, "error": checks[pass_][0], "cost": cost}
             row["floor_ms"] = cost.floor_ms(peaks())
             if is_green:
                 row["ms"] = device_ms(case, pass_, name, repetitions)
@@ -296,37 +312,7 @@ def record(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     key = ("op", "pass", "shape", "implementation")
     fields = (*key, "ms", "floor_ms", "xla_ms")
     new = [{k: row[k] for k in fields} for row in rows if "ms" in row]
-    named = {tuple(row[k] for k in key) for row in new}
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = [row for row in old if tuple(row[k] for k in key) not in named]
-    header = {
-        "device": jax.devices()[0].device_kind,
-        "versions": {n: importlib.metadata.version(n) for n in ("jax", "jaxlib")},
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when whole, so that a kill never costs the rows of earlier runs.
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({**header, "rows": [*kept, *new]}, indent=2) + "\n")
-    partial.replace(path)
-
-
-def _commit() -> str:
-    """The commit, "+" behind it if files differ; MIL_JAX_COMMIT where git knows none."""
-    if known := os.environ.get("MIL_JAX_COMMIT"):
-        return known
-    try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return run.stdout.strip()
+    recording.record(path, recording.describe_run(), new, key)
 
 
 def run(
@@ -334,7 +320,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Measures cases one by one, prints their rows and merges them into `out`."""
     device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}, {_commit()}", flush=True)
+    print(f"{device}, jax {jax.__version__}, {recording.commit()}", flush=True)
     rows = []
     for make in cases:
         found = measure(make(), repetitions)

@@ -1,15 +1,22 @@
 """What the benchmark runs: each operation at its named shapes, and its least cost."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.cached_attention import api as attention_api
+from pallas_kernels.cached_attention import shapes as attention_shapes
 from pallas_kernels.causal_conv import api as conv_api
 from pallas_kernels.causal_conv import shapes as conv_shapes
+from pallas_kernels.gated_norm import api as norm_api
+from pallas_kernels.gated_norm import shapes as norm_shapes
 from pallas_kernels.multi_step import api as multi_step_api
 from pallas_kernels.multi_step import shapes as multi_step_shapes
+from pallas_kernels.residual_norm import api as residual_api
+from pallas_kernels.residual_norm import shapes as residual_shapes
 from pallas_kernels.selective_scan import api as selective_api
 from pallas_kernels.selective_scan import shapes as selective_shapes
 from pallas_kernels.ssd import api as ssd_api
@@ -72,6 +79,7 @@ class Case(NamedTuple):
       costs: Least cost by pass; passes that are not in it are not timed.
       donated: Inputs that a call may overwrite, as its caller in a model lets it.
       tolerance: Largest relative error in norm of a value, and with gradients.
+      loose: The same for the gradients of inputs that need a bound of their own.
     """
 
     op: str
@@ -83,6 +91,7 @@ class Case(NamedTuple):
     costs: dict[str, Cost]
     donated: tuple[str, ...] = ()
     tolerance: dict[str, float] = TOLERANCE
+    loose: Mapping[str, float] = MappingProxyType({})
 
 
 def _normals(key: jax.Array, **sizes: Any) -> dict[str, jax.Array]:
@@ -219,6 +228,59 @@ def causal_conv_case(name: str) -> Case:
     return Case("causal_conv", name, maker(shape), small, call, names, costs)
 
 
+def gated_norm_case(name: str) -> Case:
+    """Returns the gated norm at one of its shapes."""
+    shape = norm_shapes.LARGE[name]
+
+    def maker(s):
+        def make(key):
+            size = (s.batch, s.length, s.heads * s.width)
+            return _normals(key, y=size, z=size, scale=(size[-1], None))
+
+        return make
+
+    def call(inputs, implementation):
+        return norm_api.gated_norm(
+            **inputs, groups=shape.heads, implementation=implementation
+        )
+
+    values = shape.batch * shape.length * shape.heads * shape.width
+    # Forward: y and z in, one out. Backward: y, z and the gradient in, two out.
+    costs = {
+        "forward": Cost(6 * values, values),
+        "forward_backward": Cost(16 * values, 2 * values),
+    }
+    small = maker(_small(shape))
+    names = tuple(norm_api.IMPLEMENTATIONS)
+    return Case("gated_norm", name, maker(shape), small, call, names, costs)
+
+
+def residual_norm_case(name: str) -> Case:
+    """Returns the residual sum and norm at one of its shapes."""
+    shape = residual_shapes.LARGE[name]
+
+    def maker(s):
+        def make(key):
+            return _normals(key, x=s, delta=s, scale=(s.channels, None))
+
+        return make
+
+    def call(inputs, implementation):
+        return residual_api.residual_norm(
+            **inputs, eps=1e-5, implementation=implementation
+        )
+
+    values = shape.batch * shape.length * shape.channels
+    # Forward: two in, two out. Backward: the sum and two gradients in, one out.
+    costs = {
+        "forward": Cost(8 * values),
+        "forward_backward": Cost(16 * values),
+    }
+    small = maker(_small(shape))
+    names = tuple(residual_api.IMPLEMENTATIONS)
+    return Case("residual_norm", name, maker(shape), small, call, names, costs)
+
+
 def _segments(shape: Any, key: jax.Array) -> dict[str, jax.Array]:
     """Segment ids of a packed shape by name, nothing for one segment."""
     if shape.segments == 1:
@@ -310,6 +372,53 @@ def _multi_step_call(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def cached_attention_case(name: str) -> Case:
+    """Returns attention of new tokens to a cache, all rows of one length."""
+    shape = attention_shapes.LARGE[name]
+
+    def maker(s):
+        def make(key):
+            kept = (s.batch, s.slots, s.kv_heads, s.head_dim)
+            q = (s.batch, s.tokens, s.heads, s.head_dim)
+            lengths = jnp.full((s.batch,), s.length, jnp.int32)
+            return _normals(key, q=q, k=kept, v=kept) | {"lengths": lengths}
+
+        return make
+
+    def call(inputs, implementation):
+        return attention_api.cached_attention(
+            **inputs, sliding_window=shape.window, implementation=implementation
+        )
+
+    seen = shape.length + shape.tokens
+    pairs = shape.batch * shape.tokens * shape.heads * (shape.length + shape.tokens / 2)
+    if shape.window is not None:
+        pairs = shape.batch * shape.tokens * shape.heads * shape.window
+        seen = shape.window + shape.tokens - 1
+    queries = shape.batch * shape.tokens * shape.heads * shape.head_dim
+    kept = shape.batch * seen * shape.kv_heads * shape.head_dim
+    # Keys and values of the slots that are seen, queries in, outputs out.
+    cost = Cost(4 * kept + 4 * queries, pairs, 4 * pairs * shape.head_dim)
+    slots = min(shape.slots, 2048)
+    length = min(shape.length, slots - min(shape.tokens, 512))
+    small = shape._replace(
+        batch=min(shape.batch, 2),
+        tokens=min(shape.tokens, 512),
+        slots=slots,
+        length=length,
+    )
+    names = tuple(attention_api.IMPLEMENTATIONS)
+    return Case(
+        "cached_attention",
+        name,
+        maker(shape),
+        maker(small),
+        call,
+        names,
+        {"forward": cost},
+    )
+
+
 OPS: dict[str, tuple[Callable[[str], Case], Sequence[str], Sequence[str]]] = {
     # Name: the maker of cases, all shapes, and those timed when none is named.
     "selective_scan": (
@@ -319,6 +428,17 @@ OPS: dict[str, tuple[Callable[[str], Case], Sequence[str], Sequence[str]]] = {
     ),
     "ssd": (ssd_case, tuple(ssd_shapes.LARGE), ("paper_8b",)),
     "causal_conv": (causal_conv_case, tuple(conv_shapes.LARGE), ("paper_8b",)),
+    "gated_norm": (gated_norm_case, tuple(norm_shapes.LARGE), ("paper_8b",)),
+    "residual_norm": (
+        residual_norm_case,
+        tuple(residual_shapes.LARGE),
+        ("paper_8b",),
+    ),
+    "cached_attention": (
+        cached_attention_case,
+        tuple(attention_shapes.LARGE),
+        ("llama3_8b", "llama3_8b_k4", "llama3_8b_32k", "llama3_8b_batch"),
+    ),
     "multi_step": (
         multi_step_case,
         (

@@ -22,8 +22,9 @@ def causal_conv(
     initial_window: Float[Array, "B W-1 C"] | None = None,
     segment_ids: Int[Array, "B L"] | None = None,
     activation: Literal["silu"] | None = None,
+    splits: tuple[int, ...] | None = None,
     implementation: str | None = None,
-) -> Float[Array, "B L C"]:
+) -> Float[Array, "B L C"] | tuple[Float[Array, "B L ..."], ...]:
     """Returns each channel convolved with its own W taps over the present and the past.
 
         y_t[c] = act(bias[c] + sum_{w < W} kernel[w, c] x_{t - (W - 1) + w}[c])
@@ -39,11 +40,13 @@ def causal_conv(
         belong to the first token's segment. Zeros if None.
       segment_ids: Taps that reach into another segment count as zero.
       activation: "silu" or None.
+      splits: Channels of the parts in which the result is wanted, as separate arrays; a
+        kernel writes them where another one can read them.
       implementation: None for the fastest that runs here; a name for that one or an
         error.
 
     Returns:
-      y in x.dtype.
+      y in x.dtype; with `splits` a tuple of its parts.
 
     Raises:
       ValueError: A shape disagrees, or the activation or the implementation is unknown.
@@ -61,6 +64,8 @@ def causal_conv(
     checks.check_shape(op, "segment_ids", segment_ids, "B L", (batch, length))
     if activation not in (None, "silu"):
         raise ValueError(f"{op}: activation is {activation!r}, expected 'silu' or None")
+    if splits is not None and (sum(splits) != channels or min(splits, default=0) < 1):
+        raise ValueError(f"{op}: splits {splits} do not add up to {channels} channels")
     return dispatch.run(
         op,
         IMPLEMENTATIONS,
@@ -71,4 +76,5 @@ def causal_conv(
         initial_window=initial_window,
         segment_ids=segment_ids,
         activation=activation,
+        splits=None if splits is None else tuple(splits),
     )

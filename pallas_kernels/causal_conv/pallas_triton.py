@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import gpu
+from pallas_kernels.causal_conv import parts
 from pallas_kernels.dispatch import UnsupportedError
 
 
@@ -32,37 +33,57 @@ BACKWARD = Blocks(values=2, warps=4, steps=8, chunk=128)
 MAX_WIDTH = 8
 
 
-def causal_conv(x, kernel, bias, *, initial_window, segment_ids, activation):
-    """Returns y; see `api.causal_conv` for the arguments."""
+def causal_conv(
+    x, kernel, bias, *, initial_window, segment_ids, activation, splits=None
+):
+    """Returns y, or its parts; see `api.causal_conv` for the arguments."""
     gpu.check_platform()
     if kernel.shape[0] > MAX_WIDTH:
         raise UnsupportedError(f"{kernel.shape[0]} taps are more than {MAX_WIDTH}")
     if kernel.shape[0] == 1:
         initial_window = segment_ids = None
-    return _causal_conv(activation, x, kernel, bias, initial_window, segment_ids)
+    plan = Plan(activation, splits or (x.shape[2],))
+    found = _causal_conv(plan, x, kernel, bias, initial_window, segment_ids)
+    return found[0] if splits is None else found
+
+
+class Plan(NamedTuple):
+    """What is static: the activation, and the channels of each part of the output."""
+
+    activation: str | None
+    splits: tuple[int, ...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _causal_conv(activation, x, kernel, bias, initial_window, segment_ids):
+def _causal_conv(plan, x, kernel, bias, initial_window, segment_ids):
     inputs = _given(
         x=x, kernel=kernel, bias=bias, window=initial_window, ids=segment_ids
     )
-    [y] = _call(
-        functools.partial(_forward_kernel, activation=activation),
+    widths = _written_apart(FORWARD, plan.splits)
+    found = _call(
+        functools.partial(_forward_kernel, activation=plan.activation),
         FORWARD,
         inputs,
-        {"y": jax.ShapeDtypeStruct(x.shape, x.dtype)},
+        {
+            f"y{i}": jax.ShapeDtypeStruct((*x.shape[:2], width), x.dtype)
+            for i, width in enumerate(widths)
+        },
     )
-    return y
+    if len(found) == len(plan.splits):
+        return tuple(found)
+    return parts.split(found[0], plan.splits)
 
 
-def _forward(activation, x, kernel, bias, initial_window, segment_ids):
+def _forward(plan, x, kernel, bias, initial_window, segment_ids):
     arguments = (x, kernel, bias, initial_window, segment_ids)
-    return _causal_conv(activation, *arguments), arguments
+    return _causal_conv(plan, *arguments), arguments
 
 
-def _backward(activation, arguments, dy):
+def _backward(plan, arguments, dys):
     x, kernel, bias, window, ids = arguments
+    if len(_written_apart(BACKWARD, plan.splits)) != len(dys):
+        dys = (jnp.concatenate(dys, axis=-1),)
+    dys = {f"dy{i}": dy for i, dy in enumerate(dys)}
     batch, length, channels = x.shape
     chunks = pl.cdiv(length, _chunk(BACKWARD, length))
     # The gradients of taps and bias are summed over rows and chunks by XLA.
@@ -74,9 +95,9 @@ def _backward(activation, arguments, dy):
     if window is not None:
         outputs["dwindow"] = jax.ShapeDtypeStruct(window.shape, window.dtype)
     dx, sums, *dwindow = _call(
-        functools.partial(_backward_kernel, activation=activation),
+        functools.partial(_backward_kernel, activation=plan.activation),
         BACKWARD,
-        _given(x=x, kernel=kernel, bias=bias, window=window, ids=ids, dy=dy),
+        _given(x=x, kernel=kernel, bias=bias, window=window, ids=ids, **dys),
         outputs,
     )
     sums = jnp.sum(sums, axis=(0, 1))
@@ -88,8 +109,18 @@ def _backward(activation, arguments, dy):
 _causal_conv.defvjp(_forward, _backward)
 
 
+def _written_apart(blocks: Blocks, splits: tuple[int, ...]) -> tuple[int, ...]:
+    """The parts as kernels know them: a single one if a block would hold two of them."""
+    block = _block(blocks)
+    return splits if all(s % block == 0 for s in splits) else (sum(splits),)
+
+
 def _given(**arrays):
     return {name: value for name, value in arrays.items() if value is not None}
+
+
+def _block(blocks: Blocks) -> int:
+    return 32 * blocks.values * blocks.warps
 
 
 def _chunk(blocks: Blocks, length: int) -> int:
@@ -98,7 +129,7 @@ def _chunk(blocks: Blocks, length: int) -> int:
 
 def _call(kernel, blocks, inputs, outputs):
     batch, length, channels = inputs["x"].shape
-    block = 32 * blocks.values * blocks.warps
+    block = _block(blocks)
     chunk = _chunk(blocks, length)
     return pl.pallas_call(
         functools.partial(
@@ -122,27 +153,49 @@ class _Walk:
     def __init__(self, refs, block, chunk):
         self.refs = refs
         self.row = pl.program_id(2)
-        self.start = pl.program_id(1) * chunk
+        self.chunk = pl.program_id(1)
+        self.start = self.chunk * chunk
         self.end = self.start + chunk
         _, self.length, channels = refs["x"].shape
         self.past = refs["kernel"].shape[0] - 1
-        self.c = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
+        self.block = block
+        self.first = pl.program_id(0) * block
+        self.c = self.first + jnp.arange(block, dtype=jnp.int32)
         self.inside = None if channels % block == 0 else self.c < channels
         # Where chunks tile the sequence no step of theirs is outside of it.
         self.is_even = self.length % chunk == 0
+
+    def for_each_part(self, name, run):
+        """Calls `run` with the part of `name` that holds these channels.
+
+        The part is a name and its first channel.
+        """
+        names = [n for n in self.refs if n.rstrip("0123456789") == name and n != name]
+        if len(names) == 1:
+            run((names[0], 0))
+            return
+        first = 0
+        for part in names:
+            width = self.refs[part].shape[-1]
+            is_here = (self.first >= first) & (self.first < first + width)
+            pl.when(is_here)(functools.partial(run, (part, first)))
+            first += width
 
     def load(self, name, *index, where=None):
         """Float32 channels of `name`; zeros unless the scalar `where`."""
         mask = self._mask(where)
         other = None if mask is None else 0.0
-        ref = self.refs[name].at[(*index, self.c)]
+        name, first = name if isinstance(name, tuple) else (name, 0)
+        ref = self.refs[name].at[(*index, self.c - first if first else self.c)]
         return plt.load(ref, mask=mask, other=other).astype(jnp.float32)
 
     def store(self, name, *index, value, where=None):
         """Writes channels of `name`, nothing unless the scalar `where`."""
+        name, first = name if isinstance(name, tuple) else (name, 0)
         ref = self.refs[name]
         value = value.astype(ref.dtype)
-        plt.store(ref.at[(*index, self.c)], value, mask=self._mask(where))
+        at = ref.at[(*index, self.c - first if first else self.c)]
+        plt.store(at, value, mask=self._mask(where))
 
     def _mask(self, where):
         if where is None:
@@ -194,6 +247,13 @@ def _tap_sum(taps, bias, inputs):
 def _forward_kernel(*refs, names, block, steps, chunk, activation):
     refs = dict(zip(names, refs, strict=True))
     walk = _Walk(refs, block, chunk)
+    walk.for_each_part(
+        "y", functools.partial(_forward_part, walk, steps, chunk, activation)
+    )
+
+
+def _forward_part(walk, steps, chunk, activation, y_part):
+    refs = walk.refs
     taps = [walk.load("kernel", w) for w in range(walk.past + 1)]
     bias = walk.load("bias") if "bias" in refs else None
 
@@ -209,7 +269,7 @@ def _forward_kernel(*refs, names, block, steps, chunk, activation):
             if activation == "silu":
                 y = y * gpu.sigmoid(y)
             where = None if walk.is_even else t < walk.length
-            walk.store("y", walk.row, t, value=y, where=where)
+            walk.store(y_part, walk.row, t, value=y, where=where)
             window = [*window, x][1:]
         return tuple(window)
 
@@ -219,7 +279,13 @@ def _forward_kernel(*refs, names, block, steps, chunk, activation):
 def _backward_kernel(*refs, names, block, steps, chunk, activation):
     refs = dict(zip(names, refs, strict=True))
     walk = _Walk(refs, block, chunk)
-    past = walk.past
+    walk.for_each_part(
+        "dy", functools.partial(_backward_part, walk, steps, chunk, activation)
+    )
+
+
+def _backward_part(walk, steps, chunk, activation, dy_part):
+    refs, past, block = walk.refs, walk.past, walk.block
     taps = [walk.load("kernel", w) for w in range(past + 1)]
     bias = walk.load("bias") if "bias" in refs else None
 
@@ -257,7 +323,7 @@ def _backward_kernel(*refs, names, block, steps, chunk, activation):
         window, unfinished, sums = map(list, carry)
         first = walk.start + i * steps
         rows = [
-            (walk.step("x", first + u), walk.step("dy", first + u))
+            (walk.step("x", first + u), walk.step(dy_part, first + u))
             for u in range(steps)
         ]
         for u, (x, dy) in enumerate(rows):
@@ -277,14 +343,14 @@ def _backward_kernel(*refs, names, block, steps, chunk, activation):
     )
     window, unfinished, sums = jax.lax.fori_loop(0, chunk // steps, body, carry)
     for k, value in enumerate(sums):
-        walk.store("sums", walk.row, pl.program_id(1), k, value=value)
+        walk.store("sums", walk.row, walk.chunk, k, value=value)
     # The next chunk's first outputs finish this chunk's last inputs.
     window, unfinished = list(window), list(unfinished)
     for h in range(past):
         t = walk.end + h
         at, where = jnp.minimum(t, walk.length - 1), t < walk.length
         x = walk.load("x", walk.row, at, where=where)
-        dy = walk.load("dy", walk.row, at, where=where)
+        dy = walk.load(dy_part, walk.row, at, where=where)
         _, _, unfinished = step(t, x, dy, window, unfinished)
         finish(t, unfinished[0])
         unfinished, window = unfinished[1:], [*window, x][1:]

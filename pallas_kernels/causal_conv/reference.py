@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import segments
+from pallas_kernels.causal_conv import parts
 
 
-def causal_conv(x, kernel, bias, *, initial_window, segment_ids, activation):
-    """Returns y; see `api.causal_conv` for the arguments."""
+def causal_conv(
+    x, kernel, bias, *, initial_window, segment_ids, activation, splits=None
+):
+    """Returns y, or its parts; see `api.causal_conv` for the arguments."""
     batch, length, channels = x.shape
     f32 = jnp.float32
     kernel = kernel.astype(f32)
@@ -30,4 +33,5 @@ def causal_conv(x, kernel, bias, *, initial_window, segment_ids, activation):
         y = y + bias.astype(f32)[None, None, :]
     if activation == "silu":
         y = jax.nn.silu(y)
-    return y.astype(x.dtype)
+    y = y.astype(x.dtype)
+    return y if splits is None else parts.split(y, splits)

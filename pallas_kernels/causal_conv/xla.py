@@ -3,9 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.causal_conv import parts
 
-def causal_conv(x, kernel, bias, *, initial_window, segment_ids, activation):
-    """Returns y; see `api.causal_conv` for the arguments."""
+
+def causal_conv(
+    x, kernel, bias, *, initial_window, segment_ids, activation, splits=None
+):
+    """Returns y, or its parts; see `api.causal_conv` for the arguments."""
     batch, length, channels = x.shape
     f32 = jnp.float32
     past = kernel.shape[0] - 1
@@ -30,4 +34,5 @@ def causal_conv(x, kernel, bias, *, initial_window, segment_ids, activation):
         y = y + bias.astype(f32)[None, None, :]
     if activation == "silu":
         y = jax.nn.silu(y)
-    return y.astype(x.dtype)
+    y = y.astype(x.dtype)
+    return y if splits is None else parts.split(y, splits)

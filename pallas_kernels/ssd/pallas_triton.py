@@ -6,7 +6,7 @@ forward writes the state before each chunk, one kernel walks back over the chunk
 gradients of those states, and three more, parallel over chunks, give dC, dx and dB.
 
 Where heads are too few to fill the chip, time is cut in parts: a first pass finds what
-each part adds to the state, a small matrix product the states between the parts, and a
+each part adds to the state, a few multiply-adds the states between the parts, and a
 second pass runs all parts at once. Shapes are padded to what the kernels can tile.
 """
 
@@ -206,24 +206,14 @@ def _between(plan, sums, added, first, *, reverse=False):
     parts = plan.parts
     total = (sums[0] + sums[1])[:, :, plan.chunk - 1 :: plan.chunk]
     total = jnp.sum(total.reshape(batch, heads, parts, -1), axis=3)
+    decays = jnp.exp2(total)[:, :, :, None, None]
     added = added.reshape(batch, parts, *added.shape[1:])
-    if reverse:
-        added, total = added[:, ::-1], total[:, :, ::-1]
-    if first is None:
-        first = jnp.zeros_like(added[:, 0])
-    given = jnp.concatenate([first[:, None], added[:, :-1]], axis=1)
-    # Part q hands on its state to part p through the parts between them.
-    index = jnp.arange(parts)
-    p, q, m = index[:, None, None], index[None, :, None], index[None, None, :]
-    passed = jnp.where((q <= m) & (m < p), total[:, :, None, None], 0.0)
-    weight = jnp.where(
-        (index[None] <= index[:, None])[None, None], jnp.exp2(passed.sum(-1)), 0.0
-    )
-    states = jnp.einsum(
-        "bhpq,bqhns->bphns", weight, given, precision=lax.Precision.HIGHEST
-    )
-    if reverse:
-        states = states[:, ::-1]
+    order = range(parts - 1, 0, -1) if reverse else range(parts - 1)
+    states = [jnp.zeros_like(added[:, 0]) if first is None else first]
+    # A few multiply-adds, which XLA writes as one pass over the states.
+    for part in order:
+        states.append(decays[:, :, part] * states[-1] + added[:, part])
+    states = jnp.stack(states[::-1] if reverse else states, axis=1)
     return states.reshape(batch * parts, *states.shape[2:])
 
 

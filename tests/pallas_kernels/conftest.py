@@ -158,6 +158,37 @@ def numpy_causal_conv():
     return _causal_conv
 
 
+def _gated_norm(y, z, scale, groups, eps):
+    y, z, scale = (np.asarray(v, np.float64) for v in (y, z, scale))
+    out = np.zeros_like(y)
+    width = scale.size // groups
+    for b, t, g in np.ndindex(*y.shape[:2], groups):
+        here = (b, t, slice(g * width, (g + 1) * width))
+        gated = y[here] * z[here] * np.exp(-np.logaddexp(0.0, -z[here]))
+        root_mean_square = np.sqrt(np.mean(gated**2) + eps)
+        out[here] = gated / root_mean_square * scale[here[2]]
+    return out
+
+
+@pytest.fixture
+def numpy_gated_norm():
+    return _gated_norm
+
+
+def _residual_norm(x, delta, scale, eps):
+    x, delta, scale = (np.asarray(v, np.float64) for v in (x, delta, scale))
+    total, out = x + delta, np.zeros_like(x)
+    for b, t in np.ndindex(*x.shape[:2]):
+        row = total[b, t]
+        out[b, t] = scale * row / np.sqrt(row @ row / row.size + eps)
+    return total, out
+
+
+@pytest.fixture
+def numpy_residual_norm():
+    return _residual_norm
+
+
 def _segments(rng, batch, length, count):
     """Ids of `count` runs in each row, cut at random; None for one run."""
     if count == 1:

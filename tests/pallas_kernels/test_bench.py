@@ -55,6 +55,26 @@ def test_gradients_count_for_parity():
     assert not any("ms" in row for row in rows)
 
 
+@pytest.mark.parametrize(("bound", "is_green"), [(0.1, True), (0.01, False)])
+def test_a_gradient_with_a_bound_of_its_own(bound, is_green):
+    case = make_case(implementations=("close", "reference"), loose={"x": bound})
+    honest = case.call
+
+    def call(inputs, implementation):
+        if implementation == "close":
+            # The value of x itself, its gradient 1.05 of what it was.
+            x = inputs["x"]
+            inputs = inputs | {"x": 1.05 * x - jax.lax.stop_gradient(0.05 * x)}
+        return honest(inputs, "reference")
+
+    case = case._replace(call=call)
+    truth = bench.find_truth(case, "forward_backward")
+    error, found = bench.check(case, "forward_backward", "close", truth)
+    assert error < 1e-6 and found == is_green
+    rows = bench.measure(case, repetitions=1)
+    assert all(("ms" in row) == is_green for row in rows)
+
+
 def test_donated_inputs_are_fresh_in_every_call():
     case = make_case(donated=("state",), implementations=("xla", "reference"))
     assert bench.device_ms(case, "forward", "xla", 3) > 0

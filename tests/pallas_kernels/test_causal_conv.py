@@ -134,6 +134,28 @@ class TestEveryImplementation:
         second = conv(x[:, 26:], **(inputs | {"initial_window": x[:, 23:26]}))
         assert_close(np.concatenate([first, second], axis=1), whole, 1e-6)
 
+    @pytest.mark.parametrize("splits", [(32, 64, 32), (10, 118), (128,)])
+    def test_splits_are_parts_of_the_whole(
+        self, implementation, splits, assert_tree_close
+    ):
+        inputs, cotangent = make_inputs(shapes.Shape(2, 13, 128, 4))
+        ends = np.cumsum(splits[:-1])
+
+        def pull(splits):
+            return jax.vjp(
+                lambda inputs: causal_conv(
+                    **inputs, splits=splits, implementation=implementation
+                ),
+                inputs,
+            )
+
+        y, vjp = pull(None)
+        parts, vjp_of_parts = pull(splits)
+        assert isinstance(parts, tuple)
+        assert_tree_close(parts, tuple(np.split(y, ends, axis=-1)), 1e-6)
+        found = vjp_of_parts(tuple(jnp.split(cotangent, ends, axis=-1)))
+        assert_tree_close(found, vjp(jnp.asarray(cotangent)), 1e-6)
+
     def test_segments_are_separate_calls(self, implementation, assert_close):
         inputs, _ = make_inputs(shapes.SMALL["packed"])
         conv = functools.partial(causal_conv, implementation=implementation)
@@ -192,6 +214,13 @@ def test_shape_errors(name, size, message):
 def test_unknown_activation():
     with pytest.raises(ValueError, match="activation is 'gelu', expected 'silu'"):
         causal_conv(jnp.zeros((1, 2, 3)), jnp.zeros((4, 3)), activation="gelu")
+
+
+@pytest.mark.parametrize("splits", [(2, 3), (6, 0), ()])
+def test_splits_add_up(splits):
+    x, kernel = jnp.zeros((2, 7, 6)), jnp.zeros((4, 6))
+    with pytest.raises(ValueError, match="do not add up to 6 channels"):
+        causal_conv(x, kernel, splits=splits)
 
 
 @pytest.mark.parametrize("length", [5, 137])

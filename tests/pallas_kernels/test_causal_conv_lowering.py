@@ -1,5 +1,7 @@
 """The convolution's kernels lower for CUDA without a GPU; on one they run."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -27,6 +29,23 @@ def test_lowers_to_one_kernel_a_pass(pass_, kernels, packed, lower_for_cuda):
     function = bench.pass_function(case, pass_, "pallas_triton")
     text = lower_for_cuda(function, inputs, dy)
     assert text.count("__gpu$xla.gpu.triton") == kernels
+
+
+def test_lowers_with_parts(lower_for_cuda):
+    case = bench_cases.causal_conv_case("paper_8b_mamba2")
+    inputs = jax.eval_shape(case.make, jax.random.key(0))
+    splits = (1024, 1024, 4096)
+    x = inputs["x"]
+    dys = tuple(jax.ShapeDtypeStruct((*x.shape[:2], s), x.dtype) for s in splits)
+
+    def both(inputs, dys):
+        conv = functools.partial(causal_conv, splits=splits, activation="silu")
+        parts, pull = jax.vjp(lambda inputs: conv(**inputs), inputs)
+        return parts, pull(dys)
+
+    text = lower_for_cuda(both, inputs, dys)
+    assert text.count("__gpu$xla.gpu.triton") == 2
+    assert "concatenate" not in text
 
 
 @pytest.mark.gpu
@@ -67,3 +86,23 @@ def test_compiled_kernels_match_the_reference(
     )
     found = jax.jit(pull_back, static_argnums=2)(low, dy, "pallas_triton")
     assert_tree_close(found, expected, 1e-2 if dtype == "bfloat16" else 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA GPU")
+def test_compiled_kernels_write_parts(assert_tree_close):
+    splits, keys = (512, 1024, 512), jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, 259, 2048)).astype(jnp.bfloat16)
+    kernel = jax.random.normal(keys[1], (4, 2048))
+    dy = jax.random.normal(keys[2], x.shape).astype(jnp.bfloat16)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def pull_back(splits):
+        def conv(x, kernel):
+            parts = causal_conv(x, kernel, activation="silu", splits=splits)
+            return parts if splits is None else jnp.concatenate(parts, axis=-1)
+
+        y, pull = jax.vjp(conv, x, kernel)
+        return y, pull(dy)
+
+    assert_tree_close(pull_back(splits), pull_back(None), 1e-6)
