@@ -13,8 +13,11 @@ from mil_jax.config import (
 )
 from mil_jax.errors import UserError
 
-# On a GPU: bfloat16, frozen weights stored so too, activations recomputed.
-GPU = ComputeConfig(dtype="bfloat16", param_dtype="bfloat16", remat=True)
+# On a GPU: bfloat16, frozen weights stored so too, cheap activations recomputed. Layers are
+# unrolled: a scan would copy every layer's weights out of their stack.
+GPU = ComputeConfig(
+    dtype="bfloat16", param_dtype="bfloat16", remat=True, scan_layers=False
+)
 
 # UltraChat and UltraFeedback as downloaded files; name your own with
 # --config.data.prompts=... and so on.
@@ -58,7 +61,7 @@ DPO = StageConfig(
     dpo_beta=0.01,
 )
 
-# "Shrink and fine-tune" (Sec. 4.3); layers follow the teacher's depth.
+# "Shrink and fine-tune" (Sec. 4.3): the first and the last layer, whatever lies between.
 DRAFT = StageConfig(
     name="draft",
     optimizer=OptimizerConfig(lr=1e-4, warmup_fraction=0.03),
@@ -66,7 +69,7 @@ DRAFT = StageConfig(
     length=2048,
     epochs=3,
     packed=True,
-    draft_layers=(0, 31),
+    draft_depth=2,
 )
 
 PSEUDO_LABELS = StageConfig(

@@ -196,6 +196,22 @@ def _cast(value: ArrayLike, dtype: np.dtype) -> ArrayLike:
     return np.asarray(value, dtype)
 
 
+def spaced_layers(n_layers: int, depth: int) -> tuple[int, ...]:
+    """Returns `depth` of a model's layers, evenly spaced from the first to the last.
+
+    Of 32 layers, 2 are (0, 31) and 4 are (0, 10, 20, 31), as in the paper; 1 is (0,).
+
+    Raises:
+        UserError: The model has fewer layers, or none is asked for.
+    """
+    if not 1 <= depth <= n_layers:
+        raise UserError(
+            f"stage.draft_depth is {depth}, but the model has {n_layers} layers; keep 1 "
+            f"to {n_layers} of them, or name them in stage.draft_layers"
+        )
+    return tuple(i * (n_layers - 1) // max(depth - 1, 1) for i in range(depth))
+
+
 def keep_layers(
     params: Params, config: ModelConfig, layers: Sequence[int]
 ) -> tuple[Params, ModelConfig]:
@@ -226,4 +242,5 @@ def keep_layers(
         if index in new_index:
             kept[f"layers.{new_index[index]}.{rest}"] = value
     kinds = tuple(config.layer_types[i] for i in layers)
-    return kept, dataclasses.replace(config, layer_types=kinds)
+    ssm = config.ssm if set(kinds) != {"attention"} else None
+    return kept, dataclasses.replace(config, layer_types=kinds, ssm=ssm)

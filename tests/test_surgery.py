@@ -175,3 +175,31 @@ def test_a_draft_answers_like_the_layers_it_kept():
     expected = tiny.forward(tiny.model("attention"), tokens)
     actual = tiny.forward(tiny.build(small, kept), tokens)
     np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "depth", "expected"),
+    [
+        (32, 1, (0,)),
+        (32, 2, (0, 31)),
+        (32, 4, (0, 10, 20, 31)),
+        (5, 4, (0, 1, 2, 4)),
+        (3, 3, (0, 1, 2)),
+    ],
+)
+def test_evenly_spaced_layers(n_layers, depth, expected):
+    assert surgery.spaced_layers(n_layers, depth) == expected
+
+
+@pytest.mark.parametrize("depth", [0, -1, 5])
+def test_more_layers_than_there_are(depth):
+    with pytest.raises(UserError, match=f"draft_depth is {depth}, but the model has 4"):
+        surgery.spaced_layers(4, depth)
+
+
+@pytest.mark.parametrize("layers", [(1,), (2, 1)])
+def test_a_draft_of_attention_has_no_sizes_of_mamba(layers):
+    params, config = convert(*teacher(), (0, 2))
+    kept, small = surgery.keep_layers(params, config, layers)
+    assert small.ssm == (config.ssm if 2 in layers else None)
+    assert any(".mamba." in name for name in kept) == (2 in layers)

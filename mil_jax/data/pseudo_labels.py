@@ -38,7 +38,7 @@ def write(
     is sampled depends on its shard's number alone.
 
     Args:
-        teacher: Best built with `scan_layers=False`.
+        teacher: Best built with `layout="decode"`.
         tokenizer: Has the chat template.
         prompts: Chats that end in a user turn.
         directory: Of the records.

@@ -5,7 +5,7 @@ pseudo_labels            the teacher answers prompts
 distill   (stage 1)      attention -> Mamba, then CE + KL on the teacher's answers (Eq. 2)
 sft       (stage 2)      all weights, conversations
 dpo       (stage 3)      preferences against the teacher (Eq. 4)
-draft                    layers of the teacher, fine-tuned to speculate for the student
+draft                    some layers of a model, fine-tuned to speculate for the target
 export, evaluate         of the newest model
 """
 
@@ -38,12 +38,17 @@ from mil_jax.data.chat import (
 )
 from mil_jax.data.records import RecordSource, RecordWriter
 from mil_jax.errors import UserError
+from mil_jax.generate import draft_vocab
 from mil_jax.generate.sampler import Sampling
 from mil_jax.models import decoder
 from mil_jax.models.decoder import Blueprint, HybridLM
 from mil_jax.train import state as state_lib
 from mil_jax.train.loop import Loop
-from mil_jax.train.step import make_loss_fn, make_train_step
+from mil_jax.train.step import (
+    make_loss_fn,
+    make_train_step,
+    reference_compute,
+)
 from mil_jax.train.workdir import DATA, Workdir
 
 log = logging.getLogger(__name__)
@@ -92,6 +97,8 @@ def _pretrain(run: Run) -> Path:
             "stage pretrain needs `tokenizer` in the config: a folder or id"
         )
     folder = run.workdir.claim("pretrain", run.config)
+    if path := _finished(run, "pretrain"):
+        return path
     tokenizer = load_tokenizer(models.resolve(run.config.tokenizer))
     if len(tokenizer) > architecture.vocab_size:
         raise UserError(
@@ -114,7 +121,8 @@ def _pseudo_labels(run: Run) -> Path:
     spec = _wanted(config.data.prompts, "prompts", "pseudo_labels")
     prompts = sources.prompts(spec)
     teacher = models.load(config.teacher)
-    _check_steps(run, teacher)
+    if not teacher.config.is_hybrid:  # A hybrid's answers are for its draft.
+        _check_steps(run, teacher)
     tokenizer = _tokenizer(run, teacher)
     sampling = Sampling(stage.temperature, stage.top_k, stage.top_p)
     pseudo_labels.write(
@@ -139,15 +147,11 @@ def _distill(run: Run) -> Path:
     """Converts and trains step by step; every step starts from the last one's model."""
     config = run.config
     run.workdir.claim("distill", config)
-    labels = run.workdir.stage("pseudo_labels") / DATA
-    if not labels.is_dir():
-        raise UserError(
-            f"stage distill trains on {labels}, which is not there: run "
-            "stage=pseudo_labels first"
-        )
+    if path := _finished(run, "distill"):
+        return path
+    labels = run.workdir.labels(config)
     if not config.conversion.steps:
         raise UserError("conversion.steps is empty; name the layers to convert")
-    run.workdir.check_labels(config)
     data = RecordSource(labels)
     start = models.load(config.stage.start_from or config.teacher)
     _check_steps(run, start)
@@ -225,17 +229,50 @@ def _dpo(run: Run) -> Path:
 
 
 def _draft(run: Run) -> Path:
-    """Keeps some of the teacher's layers and fine-tunes them ("shrink and fine-tune")."""
-    config = run.config
+    """Keeps some layers of a model and fine-tunes them ("shrink and fine-tune")."""
+    config, stage = run.config, run.config.stage
     folder = run.workdir.claim("draft", config)
-    teacher = models.load(config.stage.start_from or config.teacher)
-    tokenizer = _tokenizer(run, teacher)
-    params, shrunk = surgery.keep_layers(
-        teacher.params, teacher.config, config.stage.draft_layers
+    path = _finished(run, "draft")
+    if path and not (stage.draft_vocab_size and draft_vocab.load(path) is None):
+        return path
+    source = models.load(stage.start_from or config.teacher)
+    if stage.draft_vocab_size > source.config.vocab_size:
+        raise UserError(
+            f"stage.draft_vocab_size is {stage.draft_vocab_size}, but the model has "
+            f"{source.config.vocab_size} tokens; 0 takes all of them"
+        )
+    if stage.target:
+        target = models.read_config(stage.target)[0]
+        _check_vocabulary(target, source.config, "target", "draft's source")
+    layers = stage.draft_layers or surgery.spaced_layers(
+        source.config.n_layers, stage.draft_depth
     )
-    start = Checkpoint(shrunk, params, teacher.source)
-    data = _conversations(run, folder, tokenizer)
-    return _train(run, "draft", folder, start, data, tokenizer)
+    params, shrunk = surgery.keep_layers(source.params, source.config, layers)
+    start = Checkpoint(shrunk, params, source.source)
+    tokenizer = _tokenizer(run, source)
+    if stage.records == "pseudo_labels":
+        data = RecordSource(run.workdir.labels(config))
+    else:
+        data = _conversations(run, folder, tokenizer)
+    path = _train(run, "draft", folder, start, data, tokenizer)
+    if stage.draft_vocab_size and draft_vocab.load(path) is None:
+        _save_draft_vocab(run, path, data, shrunk)
+    return path
+
+
+def _save_draft_vocab(
+    run: Run, path: Path, data: RecordSource, config: ModelConfig
+) -> None:
+    """Stores beside the model the tokens that the draft may propose."""
+    if jax.process_index() == 0:
+        answers = (record.tokens[record.loss_mask] for record in data)
+        counts = draft_vocab.count(answers, config.vocab_size)
+        ids = draft_vocab.choose(
+            counts, run.config.stage.draft_vocab_size, config.eos_token_ids
+        )
+        draft_vocab.save(path, ids)
+        share = 100 * counts[ids].sum() / max(counts.sum(), 1)
+        log.info("draft proposes %d tokens: %.2f%% of answers", len(ids), share)
 
 
 def _export(run: Run) -> Path:
@@ -291,6 +328,15 @@ STAGES: dict[str, Callable[[Run], Path]] = {
 }
 
 
+def _finished(run: Run, name: str) -> Path | None:
+    """Returns the model of a training that has ended."""
+    path = run.workdir.model(name)
+    if not orbax_io.is_model_dir(path):
+        return None
+    log.info("%s is finished: %s", name, path)
+    return path
+
+
 def _train(
     run: Run,
     name: str,
@@ -300,10 +346,9 @@ def _train(
     tokenizer: Tokenizer,
 ) -> Path:
     """Trains `start` as the stage says and saves the result; returns its folder."""
-    path = run.workdir.model(name)
-    if orbax_io.is_model_dir(path):
-        log.info("%s is finished: %s", name, path)
+    if path := _finished(run, name):
         return path
+    path = run.workdir.model(name)
     stage = run.config.stage
     dataset = _dataset(run, data, tokenizer)
     num_steps = min(len(dataset), stage.max_steps or len(dataset))
@@ -356,18 +401,24 @@ def _teacher(
     stage = run.config.stage
     if stage.name == "dpo" and stage.reference == "start":
         teacher = start
+    elif stage.name == "draft" and stage.kl_weight:
+        teacher = models.load(stage.target or stage.start_from or run.config.teacher)
     elif stage.name == "dpo" or stage.kl_weight:
         teacher = models.load(run.config.teacher)
     else:
         return None, None
-    if teacher.config.vocab_size != start.config.vocab_size:
-        raise UserError(
-            f"the teacher has {teacher.config.vocab_size} tokens and the student "
-            f"{start.config.vocab_size}; both must use the same vocabulary"
-        )
-    compute = dataclasses.replace(run.config.compute, remat=False)
+    _check_vocabulary(teacher.config, start.config, "teacher", "student")
+    compute = reference_compute(run.config.compute, run.mesh)
     blueprint = Blueprint.create(teacher.config, compute)
     return blueprint, blueprint.place(teacher.params, run.mesh)
+
+
+def _check_vocabulary(a: ModelConfig, b: ModelConfig, name: str, other: str) -> None:
+    if a.vocab_size != b.vocab_size:
+        raise UserError(
+            f"the {name} has {a.vocab_size} tokens and the {other} {b.vocab_size}; both "
+            "must use the same vocabulary"
+        )
 
 
 def _tokenizer(run: Run, model: Checkpoint) -> Tokenizer:
@@ -384,7 +435,11 @@ def _tokenizer(run: Run, model: Checkpoint) -> Tokenizer:
 
 
 def _for_generation(run: Run, model: Checkpoint) -> HybridLM:
-    compute = dataclasses.replace(run.config.compute, scan_layers=False, remat=False)
+    # Projections side by side are for one device: a mesh splits each of them.
+    layout = "decode" if run.mesh.size == 1 else "train"
+    compute = dataclasses.replace(
+        run.config.compute, scan_layers=False, layout=layout, remat=False
+    )
     return decoder.build(model.config, model.params, compute, run.mesh)
 
 

@@ -22,7 +22,9 @@ _FREE = {
     ("compute", "implementation"),
     ("compute", "attention"),
     ("compute", "remat"),
+    ("compute", "remat_keeps"),
     ("compute", "scan_layers"),
+    ("compute", "layout"),
     ("stage", "checkpoint_every"),
     ("stage", "loss_chunk"),
 }
@@ -93,23 +95,39 @@ class Workdir:
             )
         return folder
 
-    def check_labels(self, config: RunConfig) -> None:
-        """Checks that the pseudo-labels are of the config's teacher, tokenizer and prompts.
+    def labels(self, config: RunConfig) -> Path:
+        """Returns the folder of the pseudo-labels that a stage trains on.
 
         Raises:
-            UserError: They are not; training on them would fit another model's answers.
+            UserError: It is not there, or holds labels of another model, tokenizer or
+                prompts: training on them would fit another model's answers.
         """
-        file = self.stage("pseudo_labels") / CONFIG_FILE
+        stage = config.stage
+        folder = Path(config.data.labels or self.stage("pseudo_labels") / DATA)
+        folder = folder.expanduser()
+        if not folder.is_dir():
+            raise UserError(
+                f"stage {stage.name} trains on {folder}, which is not there: run "
+                "stage=pseudo_labels first"
+            )
+        file = folder.parent / CONFIG_FILE
         if not file.exists():
-            return  # Labels that were not made here.
+            return folder  # Labels that were not made here.
         found = _label_keys(json.loads(file.read_text()))
         wanted = _label_keys(json.loads(json.dumps(dataclasses.asdict(config))))
+        # A draft may learn from the model it is cut from or from its target.
+        if stage.name == "draft" and found["teacher"] in (
+            stage.start_from,
+            stage.target,
+        ):
+            wanted["teacher"] = found["teacher"]
         if difference := _first_difference(found, wanted):
             key, old, new = difference
             raise UserError(
                 f"{file.parent} holds labels of another config: {key} was {old!r}, now "
-                f"{new!r}; give stage distill the same, or choose another --workdir"
+                f"{new!r}; give stage {stage.name} the same, or choose another --workdir"
             )
+        return folder
 
     def start_of(self, name: str, override: str) -> str:
         """Returns the folder or id of the model that a stage starts from.

@@ -35,6 +35,7 @@ class Bigram:
 
 class BigramBlueprint:
     model = staticmethod(Bigram)
+    cast_kernels = staticmethod(dict)
 
 
 def bigram_weights(seed):

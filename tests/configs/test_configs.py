@@ -10,6 +10,7 @@ import ml_collections
 import pytest
 
 from configs import demo_teacher
+from mil_jax import surgery
 from mil_jax.checkpoint import models
 from mil_jax.config import (
     ComputeConfig,
@@ -87,7 +88,8 @@ class TestStages:
         if stage in ("distill", "sft", "dpo", "draft", "pretrain"):
             assert 0 < config.stage.optimizer.lr < 0.1
             assert config.stage.trainable in TRAINABLE
-        assert (config.stage.kl_weight > 0) == (stage == "distill")
+        if stage != "draft":
+            assert (config.stage.kl_weight > 0) == (stage == "distill")
 
     @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
     def test_unknown_stage_and_argument(self, path):
@@ -150,7 +152,9 @@ class TestRecipe:
         )
         assert stage.reference == "teacher"
         stage = _config(path, "stage=draft").stage
-        assert stage.draft_layers == (0, 31) and stage.epochs == 3
+        assert stage.draft_layers == () and stage.epochs == 3
+        assert surgery.spaced_layers(32, stage.draft_depth) == (0, 31)
+        assert (stage.kl_weight, stage.records) == (0.0, "conversations")
 
     def test_mixers(self):
         mixers = {
@@ -175,7 +179,8 @@ class TestModels:
         config = _config(path, "stage=distill")
         teacher = SHAPES[TEACHERS[config.teacher]]
         hybrid = _hybrid(teacher, config.conversion, config.conversion.steps[step])
-        blueprint = Blueprint.create(hybrid, config.compute)
+        scanned = dataclasses.replace(config.compute, scan_layers=True)
+        blueprint = Blueprint.create(hybrid, scanned)
         # 75% attention has a period of four layers and 50% one of two.
         assert blueprint.period == (4, 2)[step]
         weights = blueprint.abstract()
@@ -228,3 +233,36 @@ class TestModels:
             assert config.conversion.mixer == mixer
             assert max(config.conversion.steps[-1]) < 8
         assert max(_config(path, "stage=draft").stage.draft_layers) < 8
+
+
+class TestAcceptance:
+    """Models of the size that mil_jax.measure_acceptance trains."""
+
+    PATH = FOLDER / "acceptance.py"
+
+    @pytest.mark.parametrize(("world", "millions"), [("demo", 76), ("text", 64)])
+    def test_the_teacher_is_of_middle_size(self, world, millions):
+        config = _config(self.PATH, f"stage=pretrain,world={world}")
+        assert round(_count(config.architecture) / 1e6) == millions
+        assert config.stage.loss_on == "all"
+
+    @pytest.mark.parametrize(("attention", "left"), [("50", 6), ("25", 3)])
+    def test_attention_that_is_left(self, attention, left):
+        config = _config(self.PATH, f"stage=distill,attention={attention}")
+        (layers,) = config.conversion.steps
+        assert len(layers) == 12 - left and 11 not in layers
+
+    def test_the_rehearsal_is_short(self):
+        stage = _config(self.PATH, "stage=draft,world=text,tiny").stage
+        assert (stage.max_steps, stage.batch_size, stage.max_new_tokens) == (2, 4, 16)
+
+    @pytest.mark.parametrize(
+        ("arg", "message"),
+        [
+            ("world=moon", "world is 'moon'; this config has demo, text"),
+            ("attention=75", "attention is '75'; this config has 50 and 25"),
+        ],
+    )
+    def test_wrong_arguments(self, arg, message):
+        with pytest.raises(UserError, match=message):
+            _config(self.PATH, f"stage=distill,{arg}")

@@ -20,6 +20,7 @@ from mil_jax.data import sources
 from mil_jax.data.chat import encode_chat, encode_prompt, load_tokenizer
 from mil_jax.data.records import RecordSource, read_manifest
 from mil_jax.errors import UserError
+from mil_jax.generate import draft_vocab
 from mil_jax.train import stages
 from mil_jax.train.loop import Loop, read_metrics
 from mil_jax.train.stages import run_stage
@@ -257,6 +258,9 @@ class TestAgain:
             "data" if stage == "pseudo_labels" else "model"
         )
 
+    def test_a_finished_teacher_is_left_alone(self, chain, no_work):
+        assert run_stage(_pretrain_config(), chain.teacher.parents[1]) == chain.teacher
+
     def test_what_does_not_change_the_result_may_differ(self, chain, no_work):
         config = config_of(
             "sft",
@@ -374,6 +378,140 @@ class TestReferences:
             stages._teacher(run, dataclasses.replace(start, config=odd))
 
 
+class TestDraft:
+    """What stage draft can start from, learn from and propose."""
+
+    @pytest.fixture
+    def train(self, monkeypatch):
+        """Notes what would be trained on what."""
+        calls = []
+
+        def train(run, name, folder, start, data, tokenizer):
+            calls.append((start, data, stages._teacher(run, start)))
+            path = folder / "model"
+            path.mkdir(exist_ok=True)
+            return path
+
+        monkeypatch.setattr(stages, "_train", train)
+        return calls
+
+    def test_evenly_spaced_layers_of_any_model(self, chain, tmp_path, train):
+        """Here of the hybrid that a stage made."""
+        hybrid = chain.path / "distill" / "step_0" / "model"
+        changes = {"draft_layers": (), "draft_depth": 1, "start_from": str(hybrid)}
+        changes = {f"stage__{key}": value for key, value in changes.items()}
+        run_stage(config_of("draft", chain.teacher, **changes), tmp_path)
+        ((start, _, teacher),) = train
+        assert start.config.layer_types == ("mamba",)
+        assert teacher == (None, None)
+        _, params = chain.load("distill/step_0")
+        assert "layers.0.mamba.x_proj.kernel" in start.params
+        assert all(_same(value, params[name]) for name, value in start.params.items())
+
+    def test_of_an_export(self, chain, tmp_path, train):
+        config = config_of("draft", chain.path / "export")
+        run_stage(config, tmp_path)
+        assert train[0][0].config.layer_types == ("mamba",)
+
+    @pytest.mark.parametrize("target", ["", "dpo"])
+    def test_divergence_is_from_the_target(self, chain, tmp_path, train, target):
+        """Without one, from the model that the draft is cut from."""
+        folder = str(chain.path / target / "model") if target else ""
+        changes = {"stage__kl_weight": 1.0, "stage__target": folder}
+        run_stage(config_of("draft", chain.teacher, **changes), tmp_path)
+        ((start, _, (blueprint, weights)),) = train
+        expected = orbax_io.load_model(
+            chain.path / "dpo" / "model" if target else chain.teacher
+        )[1]
+        found = blueprint.unstack(weights)
+        assert set(found) == set(expected)
+        assert all(_same(np.asarray(found[n]), v) for n, v in expected.items())
+        assert start.config.layer_types == ("attention",)
+
+    def test_trains_towards_the_target(self, chain, tmp_path):
+        changes = {
+            "stage__kl_weight": 1.0,
+            "stage__ce_weight": 0.0,
+            "stage__target": str(chain.path / "dpo" / "model"),
+            "stage__records": "pseudo_labels",
+            "data__labels": str(chain.path / "pseudo_labels" / "data"),
+            "stage__draft_vocab_size": 40,
+        }
+        path = run_stage(config_of("draft", chain.teacher, **changes), tmp_path)
+        rows = read_metrics(tmp_path / "draft" / "metrics.csv")
+        assert all(row["loss"] == pytest.approx(row["kl"]) for row in rows)
+        # The commonest tokens of the answers, beside the model; EOS always.
+        records = RecordSource(chain.path / "pseudo_labels" / "data")
+        answers = np.concatenate([r.tokens[r.loss_mask] for r in records])
+        counts = np.bincount(answers, minlength=512)
+        ids = draft_vocab.load(path)
+        assert len(ids) == 40 and 5 in ids
+        others = np.setdiff1d(np.arange(512), ids)
+        assert counts[np.setdiff1d(ids, [5])].min() >= counts[others].max()
+        # A finished draft gets them again if they are lost.
+        (path / draft_vocab.FILE).unlink()
+        run_stage(config_of("draft", chain.teacher, **changes), tmp_path)
+        np.testing.assert_array_equal(draft_vocab.load(path), ids)
+
+    def test_on_the_targets_own_answers(self, chain, tmp_path, train):
+        """A hybrid takes the teacher's place in a workdir of its own."""
+        target = chain.path / "dpo" / "model"
+        data = run_stage(config_of("pseudo_labels", target), tmp_path)
+        config = config_of(
+            "draft",
+            target,
+            stage__records="pseudo_labels",
+            stage__start_from=str(chain.teacher),
+        )
+        run_stage(config, tmp_path)
+        ((start, records, _),) = train
+        assert start.config.layer_types == ("attention",)
+        assert records.manifest == RecordSource(data).manifest
+
+    def test_without_a_reduced_vocabulary(self, chain):
+        assert draft_vocab.load(chain.path / "draft" / "model") is None
+
+    def test_target_of_another_vocabulary(self, chain, tmp_path, no_work):
+        other = tmp_path / "other"
+        shutil.copytree(chain.path / "dpo" / "model", other)
+        file = other / "model_config.json"
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps(values | {"vocab_size": 500}))
+        config = config_of("draft", chain.teacher, stage__target=str(other))
+        with pytest.raises(
+            UserError, match="the target has 500 tokens and the draft's source 512"
+        ):
+            run_stage(config, tmp_path / "work")
+
+    @pytest.mark.parametrize("who", ["teacher", "target", "start_from", "other"])
+    def test_labels_are_of_a_model_that_it_knows(self, chain, tmp_path, train, who):
+        labels = tmp_path / "labels"
+        shutil.copytree(chain.path / "pseudo_labels", labels)
+        note = labels / "config.json"
+        answered = str(chain.path / "dpo" / "model")
+        if who != "teacher":
+            values = json.loads(note.read_text()) | {"teacher": answered}
+            note.write_text(json.dumps(values))
+        changes = {"data__labels": str(labels / "data")}
+        changes |= {"stage__records": "pseudo_labels"}
+        if who in ("target", "start_from"):
+            changes[f"stage__{who}"] = answered
+        config = config_of("draft", chain.teacher, **changes)
+        if who == "other":
+            with pytest.raises(
+                UserError, match="labels of another config: teacher was"
+            ):
+                run_stage(config, tmp_path / "work")
+        else:
+            run_stage(config, tmp_path / "work")
+            assert len(train[0][1]) == 16
+
+    def test_missing_labels_are_named(self, chain, tmp_path, no_work):
+        changes = {"stage__records": "pseudo_labels", "data__labels": "/nope"}
+        with pytest.raises(UserError, match="trains on /nope, which is not there"):
+            run_stage(config_of("draft", chain.teacher, **changes), tmp_path)
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("stage", "message"),
@@ -410,8 +548,25 @@ class TestRefused:
         [
             ("pseudo_labels", {"data__prompts": ""}, "needs data.prompts in the"),
             ("draft", {"data__conversations": ""}, "needs data.conversations in"),
-            ("draft", {"stage__draft_layers": ()}, "stage.draft_layers is empty"),
+            ("draft", {"stage__draft_layers": ()}, "stage.draft_depth is 0, but the"),
+            (
+                "draft",
+                {"stage__draft_layers": (), "stage__draft_depth": 3},
+                "stage.draft_depth is 3, but the model has 2 layers; keep 1 to 2",
+            ),
             ("draft", {"stage__draft_layers": (0, 2)}, "layers 0 to 1"),
+            ("draft", {"stage__draft_layers": (0, 0)}, "(0, 0) names a layer twice"),
+            (
+                "draft",
+                {"stage__draft_vocab_size": 513},
+                "stage.draft_vocab_size is 513, but the model has 512 tokens",
+            ),
+            ("draft", {"stage__target": "/nope"}, "'/nope'"),
+            (
+                "draft",
+                {"stage__records": "pseudo_labels"},
+                "stage draft trains on",
+            ),
             ("draft", {"stage__trainable": "mamba"}, "has no such weights"),
             ("draft", {"stage__batch_size": 1000}, "do not fill one batch of 1000"),
             ("draft", {"stage__start_from": "/nope"}, "'/nope'"),
