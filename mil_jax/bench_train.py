@@ -7,7 +7,6 @@ Prints tokens/s (median over steps that rotate among batches), the memory that X
 the step (weights, optimizer state, activations) and the time to compile.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
@@ -27,7 +26,12 @@ from mil_jax.models import decoder
 from mil_jax.models.decoder import Blueprint
 from mil_jax.shapes import SHAPES
 from mil_jax.train import state as state_lib
-from mil_jax.train.step import TrainStep, make_loss_fn, make_train_step
+from mil_jax.train.step import (
+    TrainStep,
+    make_loss_fn,
+    make_train_step,
+    reference_compute,
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="As mil_jax.main takes it.", lock_config=True
@@ -72,7 +76,7 @@ def time_stage(
     params = decoder.init_params(teacher_config, jax.random.key(0), dtype)
     teacher = teacher_blueprint = None
     if stage.kl_weight or stage.name == "dpo":
-        compute = dataclasses.replace(config.compute, remat=False)
+        compute = reference_compute(config.compute, mesh)
         teacher_blueprint = Blueprint.create(teacher_config, compute)
         teacher = teacher_blueprint.place(params, mesh)
     layers = config.conversion.steps[-1]
@@ -124,7 +128,10 @@ def time_steps(
     batches: Sequence[dict[str, jax.Array]],
     steps: int,
 ) -> tuple[float, float, float]:
-    """Returns the median step's seconds, seconds to compile, and planned bytes."""
+    """Returns the median step's seconds, seconds to compile, and planned bytes.
+
+    A step's metrics are read after the next one is under way, as the training loop does.
+    """
     start = time.perf_counter()
     compiled = step_fn.lower(state, frozen, teacher, batches[0]).compile()
     compile_s = time.perf_counter() - start
@@ -135,16 +142,19 @@ def time_steps(
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
     )
-    times = []
-    for i in range(steps + 2):
-        batch = batches[i % len(batches)]
-        start = time.perf_counter()
-        state, metrics = compiled(state, frozen, teacher, batch)
-        loss = float(metrics["loss"])
-        times.append(time.perf_counter() - start)
-        if not np.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {i}; nothing is recorded")
-    return statistics.median(times[2:]), compile_s, peak
+    done, waiting = [], None
+    for i in range(steps + 3):
+        state, metrics = compiled(state, frozen, teacher, batches[i % len(batches)])
+        if waiting is not None:
+            loss = float(waiting)
+            done.append(time.perf_counter())
+            if not np.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {i - 1}; nothing is recorded"
+                )
+        waiting = metrics["loss"]
+    jax.block_until_ready(state)
+    return float(statistics.median(np.diff(done[1:]))), compile_s, peak
 
 
 def random_batch(

@@ -213,8 +213,14 @@ class ComputeConfig:
         implementation: Of the scans over sequences; "auto" takes the fastest that runs here.
         attention: "auto" takes cuDNN on a GPU in bfloat16, else XLA.
         remat: Recompute each layer in the backward pass instead of storing its activations.
+        remat_keeps: What is stored nevertheless: "products" (results of matrix products,
+            kernels and attention, so that only cheap things are recomputed), or "nothing"
+            (least memory, a whole forward pass more).
         scan_layers: Scan over periods of equal layers (short compile times, for training);
-            False unrolls them (fast decoding).
+            False unrolls them.
+        layout: Of weights on the device: "train" has one array per tensor, "decode" lays
+            them anew for reading them once a token: products of one input side by side,
+            layers unrolled whatever `scan_layers` is. Names of `Params` are the same.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -222,7 +228,14 @@ class ComputeConfig:
     implementation: str = "auto"
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     remat: bool = False
+    remat_keeps: Literal["products", "nothing"] = "products"
     scan_layers: bool = True
+    layout: Literal["train", "decode"] = "train"
+
+    @property
+    def is_scanned(self) -> bool:
+        """Whether layers are stacked."""
+        return self.scan_layers and self.layout == "train"
 
     @property
     def kernel(self) -> str | None:
@@ -262,12 +275,15 @@ class DataConfig:
         conversations: For sft, draft and pretrain.
         preferences: For dpo.
         evaluation: Held-out conversations.
+        labels: Folder of records that stage pseudo_labels wrote, for distill and draft; ""
+            takes those of the same workdir.
     """
 
     prompts: str = ""
     conversations: str = ""
     preferences: str = ""
     evaluation: str = ""
+    labels: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,7 +364,14 @@ class StageConfig:
         kl_reduction: See `losses.word_kd_loss`.
         dpo_beta: beta of Eq. 4.
         reference: dpo: "teacher", or "start" for the model that the stage starts from.
-        draft_layers: draft: the teacher's layers that the draft keeps, in order.
+        draft_layers: draft: the layers that it keeps of the model it is cut from
+            (`start_from`, or the teacher), in order; () keeps `draft_depth` of them.
+        draft_depth: draft: number of layers to keep, evenly spaced from first to last.
+        draft_vocab_size: draft: the commonest tokens of its records that it may propose;
+            0 for all.
+        target: draft: the model that it will speculate for, of the KL term; "" takes the
+            one it is cut from.
+        records: draft: "conversations", or "pseudo_labels" for what that stage wrote.
         max_new_tokens: pseudo_labels and evaluate: limit on an answer.
         temperature: pseudo_labels: 0 is greedy.
         top_k: pseudo_labels: 0 keeps all.
@@ -375,6 +398,10 @@ class StageConfig:
     dpo_beta: float = 0.01
     reference: Literal["teacher", "start"] = "teacher"
     draft_layers: tuple[int, ...] = ()
+    draft_depth: int = 0
+    draft_vocab_size: int = 0
+    target: str = ""
+    records: Literal["conversations", "pseudo_labels"] = "conversations"
     max_new_tokens: int = 1024
     temperature: float = 0.0
     top_k: int = 0
@@ -392,6 +419,15 @@ class StageConfig:
         if self.max_steps < 0:
             raise UserError(
                 f"stage.max_steps is {self.max_steps}; 0 runs through all the data"
+            )
+        for name in ("draft_depth", "draft_vocab_size", "ce_weight", "kl_weight"):
+            if getattr(self, name) < 0:
+                raise UserError(
+                    f"stage.{name} is {getattr(self, name)}; it must be at least 0"
+                )
+        if self.name in ("distill", "draft") and not (self.ce_weight or self.kl_weight):
+            raise UserError(
+                "stage.ce_weight and stage.kl_weight are both 0: nothing would be learnt"
             )
         if self.batch_size % self.accumulate:
             raise UserError(

@@ -148,10 +148,10 @@ def _compare(config: RunConfig, workdir: Workdir, console: Console) -> dict[str,
 
 
 def _build(checkpoint: Checkpoint, compute: ComputeConfig) -> HybridLM:
-    unrolled = ComputeConfig(
-        dtype=compute.dtype, param_dtype=compute.param_dtype, scan_layers=False
+    for_decoding = ComputeConfig(
+        dtype=compute.dtype, param_dtype=compute.param_dtype, layout="decode"
     )
-    return decoder.build(checkpoint.config, checkpoint.params, unrolled)
+    return decoder.build(checkpoint.config, checkpoint.params, for_decoding)
 
 
 def _answer(

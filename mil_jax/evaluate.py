@@ -44,7 +44,7 @@ def evaluate(
     batch_size: int,
     name: str = "evaluate",
 ) -> Scores:
-    """Returns the model's scores; `model` is best built with `scan_layers=False`.
+    """Returns the model's scores; `model` is best built with `layout="decode"`.
 
     Raises:
         UserError: A conversation does not end with an answer.

@@ -4,6 +4,7 @@ Logits are made and consumed in chunks of positions, so that `[B, L, V]` in floa
 exists; the backward pass makes each chunk's logits again.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -14,13 +15,18 @@ from jaxtyping import Array, Bool, Float, Int
 KLReduction = Literal["token_mean", "original"]
 
 Head = Callable[[Float[Array, "B C D"]], Float[Array, "B C V"]]
+Metrics = dict[str, Float[Array, ""]]
 
 
 def token_cross_entropy(
     logits: Float[Array, "*B V"], labels: Int[Array, "*B"]
 ) -> Float[Array, "*B"]:
     """Returns `-log softmax(logits)[label]` per token, in nats."""
-    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    # Not a gather, whose gradient would be a scatter into an array of all logits.
+    axis = logits.ndim - 1
+    token = jax.lax.broadcasted_iota(labels.dtype, logits.shape, axis)
+    is_label = token == jnp.expand_dims(labels, axis)
+    picked = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
@@ -28,9 +34,11 @@ def token_kl(
     teacher_logits: Float[Array, "*B V"], student_logits: Float[Array, "*B V"]
 ) -> Float[Array, "*B"]:
     """Returns KL[p_teacher || p_student] per token, in nats."""
-    log_p = jax.nn.log_softmax(teacher_logits, axis=-1)
-    log_q = jax.nn.log_softmax(student_logits, axis=-1)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    # With the same normaliser as the cross-entropy, which the compiler then shares.
+    teacher = jax.nn.logsumexp(teacher_logits, axis=-1)
+    student = jax.nn.logsumexp(student_logits, axis=-1)
+    p = jnp.exp(teacher_logits - jnp.expand_dims(teacher, -1))
+    return jnp.sum(p * (teacher_logits - student_logits), axis=-1) + student - teacher
 
 
 def over_chunks(
@@ -49,21 +57,168 @@ def over_chunks(
         arrays: Share B and L.
         chunk: C; the last slice is padded with zeros, whose values are dropped.
     """
-    batch, length = arrays[0].shape[:2]
+    length = arrays[0].shape[1]
+    body = jax.checkpoint(lambda slices: per_token(*slices))
+    parts = jax.lax.map(body, tuple(_split(a, chunk) for a in arrays))
+    return tuple(_join(part, length) for part in parts)
+
+
+def _split(a: Float[Array, "B L ..."], chunk: int) -> Float[Array, "K B C ..."]:
+    """Cuts positions into chunks, the last one padded with zeros."""
+    batch, length = a.shape[:2]
     chunk = min(chunk, length)
     count = -(-length // chunk)
+    pad = [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (a.ndim - 2)
+    parts = jnp.pad(a, pad).reshape(batch, count, chunk, *a.shape[2:])
+    return jnp.moveaxis(parts, 1, 0)
 
-    def split(a: jax.Array) -> jax.Array:
-        pad = [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (a.ndim - 2)
-        parts = jnp.pad(a, pad).reshape(batch, count, chunk, *a.shape[2:])
-        return jnp.moveaxis(parts, 1, 0)
 
-    body = jax.checkpoint(lambda slices: per_token(*slices))
-    parts = jax.lax.map(body, tuple(split(a) for a in arrays))
-    return tuple(
-        jnp.moveaxis(part, 0, 1).reshape(batch, count * chunk)[:, :length]
-        for part in parts
-    )
+def _join(parts: Float[Array, "K B C ..."], length: int) -> Float[Array, "B L ..."]:
+    """Inverse of `_split`."""
+    count, batch, chunk = parts.shape[:3]
+    whole = jnp.moveaxis(parts, 0, 1).reshape(batch, count * chunk, *parts.shape[3:])
+    return whole[:, :length]
+
+
+def reduce_over_chunks(
+    per_token: Callable[..., tuple[Float[Array, "B C"], ...]],
+    reduce: Callable[..., tuple[Float[Array, ""], Metrics]],
+    arrays: tuple[Float[Array, "B L ..."], ...],
+    *,
+    chunk: int,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Returns `reduce(*over_chunks(per_token, arrays))` with a cheaper gradient.
+
+    Since `reduce` is linear, what it will send back to every token is known before any
+    logit is: the forward pass takes each slice's gradient while its logits are there, and
+    nothing is computed twice. Tokens that do not count are left out, slice by slice.
+
+    Args:
+        per_token: As in `over_chunks`.
+        reduce: Linear in the per-token values [B, L]; returns the loss and metrics, through
+            which nothing is differentiated.
+        arrays: As in `over_chunks`.
+        chunk: As in `over_chunks`.
+    """
+    slices = [jax.eval_shape(lambda a: _split(a, chunk)[0], a) for a in arrays]
+    pure, weights = jax.closure_convert(per_token, *slices)
+
+    @jax.custom_vjp
+    def reduced(arrays, weights):
+        values = over_chunks(lambda *s: pure(*s, *weights), arrays, chunk=chunk)
+        return reduce(*values)
+
+    def forward(arrays, weights):
+        # Frozen weights (and the teacher) would cost a product each: take no gradient.
+        given = jax.tree.leaves((arrays, weights), is_leaf=_is_primal)
+        moved = [leaf.perturbed for leaf in given]
+        arrays, weights = jax.tree.map(
+            lambda leaf: leaf.value, (arrays, weights), is_leaf=_is_primal
+        )
+        values, gradients = _values_and_gradients(
+            pure, reduce, arrays, weights, moved, chunk
+        )
+        return reduce(*values), gradients
+
+    def backward(gradients, cotangents):
+        scale = cotangents[0]
+        return jax.tree.map(
+            lambda g: (g.astype(scale.dtype) * scale).astype(g.dtype), gradients
+        )
+
+    reduced.defvjp(forward, backward, symbolic_zeros=True)
+    return reduced(tuple(arrays), weights)
+
+
+def _is_primal(node: object) -> bool:
+    return isinstance(node, jax.custom_derivatives.CustomVJPPrimal)
+
+
+def _values_and_gradients(pure, reduce, arrays, weights, moved, chunk):
+    """Returns per-token values and the reduced value's gradients; None where not moved."""
+    length, num_arrays = arrays[0].shape[1], len(arrays)
+    slices = [jax.eval_shape(lambda a: _split(a, chunk)[0], a) for a in arrays]
+    shapes = jax.eval_shape(pure, *slices, *weights)
+    zeros = [jnp.zeros(arrays[0].shape[:2], shape.dtype) for shape in shapes]
+    sent_back = jax.grad(lambda values: reduce(*values)[0])(zeros)
+    # Prompts and padding need no logits: tokens that count come first in every row, and
+    # slices without any are left out.
+    counts = functools.reduce(jnp.logical_or, [value != 0.0 for value in sent_back])
+    order = jnp.argsort(jnp.logical_not(counts), axis=1, stable=True)
+    back = jnp.argsort(order, axis=1)
+    parts = [_split(_take(a, order), chunk) for a in arrays]
+    sent_back = [_split(_take(value, order), chunk) for value in sent_back]
+
+    def turn(sums, inputs):
+        needed = [jnp.any(value != 0.0) for value in inputs[1]]
+        return jax.lax.cond(jnp.any(jnp.stack(needed)), run, skip, sums, inputs)
+
+    def skip(sums, inputs):
+        slices, sent_back = inputs
+        of_slices = [
+            jnp.zeros_like(s) for s, m in zip(slices, moved, strict=False) if m
+        ]
+        return sums, ([jnp.zeros_like(value) for value in sent_back], of_slices)
+
+    def run(sums, inputs):
+        slices, sent_back = inputs
+        leaves = [*slices, *weights]
+        floats = [leaf for leaf, m in zip(leaves, moved, strict=True) if m]
+
+        def of_moved(floats):
+            it = iter(floats)
+            return pure(
+                *(next(it) if m else v for v, m in zip(leaves, moved, strict=True))
+            )
+
+        values, pull = jax.vjp(of_moved, floats)
+        [gradients] = pull(tuple(sent_back))
+        of_slices = list(gradients[: sum(moved[:num_arrays])])
+        of_weights = gradients[len(of_slices) :]
+        sums = [a + b for a, b in zip(sums, of_weights, strict=True)]
+        return sums, (list(values), of_slices)
+
+    start = [
+        jnp.zeros_like(w) for w, m in zip(weights, moved[num_arrays:], strict=True) if m
+    ]
+    sums, (values, of_slices) = jax.lax.scan(turn, start, (parts, sent_back))
+    of_arrays = [_take(_join(part, length), back) for part in of_slices]
+    found = iter([*of_arrays, *sums])
+    gradients = [next(found) if m else None for m in moved]
+    values = tuple(_take(_join(value, length), back) for value in values)
+    return values, (tuple(gradients[:num_arrays]), gradients[num_arrays:])
+
+
+def _take(a: Float[Array, "B L ..."], order: Int[Array, "B L"]) -> jax.Array:
+    """Returns the positions of every row in the order given."""
+    order = order.reshape(order.shape + (1,) * (a.ndim - 2))
+    return jnp.take_along_axis(a, order, axis=1)
+
+
+def nll_of_slice(head: Head) -> Callable[..., tuple[Float[Array, "B C"]]]:
+    """Returns a function of hidden states and labels to each token's cross-entropy."""
+
+    def per_token(h: jax.Array, y: jax.Array) -> tuple[jax.Array]:
+        return (token_cross_entropy(head(h), y),)
+
+    return per_token
+
+
+def nll_and_kl_of_slice(
+    student_head: Head, teacher_head: Head
+) -> Callable[..., tuple[Float[Array, "B C"], Float[Array, "B C"]]]:
+    """Returns a function of both models' hidden states and labels to losses per token.
+
+    These are the student's cross-entropy and its KL from the teacher, in nats.
+    """
+
+    def per_token(
+        s: jax.Array, t: jax.Array, y: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        student, teacher = student_head(s), jax.lax.stop_gradient(teacher_head(t))
+        return token_cross_entropy(student, y), token_kl(teacher, student)
+
+    return per_token
 
 
 def token_nll(
@@ -74,11 +229,7 @@ def token_nll(
     chunk: int = 512,
 ) -> Float[Array, "B L"]:
     """Returns the cross-entropy of every token, in nats, from hidden states."""
-
-    def per_token(h: jax.Array, y: jax.Array) -> tuple[jax.Array]:
-        return (token_cross_entropy(head(h), y),)
-
-    return over_chunks(per_token, (hidden, labels), chunk=chunk)[0]
+    return over_chunks(nll_of_slice(head), (hidden, labels), chunk=chunk)[0]
 
 
 def token_nll_and_kl(
@@ -91,13 +242,7 @@ def token_nll_and_kl(
     chunk: int = 512,
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
     """Returns each token's cross-entropy and its KL from the teacher, in nats."""
-
-    def per_token(
-        s: jax.Array, t: jax.Array, y: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        student, teacher = student_head(s), jax.lax.stop_gradient(teacher_head(t))
-        return token_cross_entropy(student, y), token_kl(teacher, student)
-
+    per_token = nll_and_kl_of_slice(student_head, teacher_head)
     return over_chunks(per_token, (student_hidden, teacher_hidden, labels), chunk=chunk)
 
 

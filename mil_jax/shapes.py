@@ -1,6 +1,9 @@
 """Architectures of well-known models, for benchmarks and tests with random weights."""
 
+import dataclasses
+
 from mil_jax.config import ModelConfig, RopeScaling, SSMConfig
+from mil_jax.errors import UserError
 
 
 def _attention(n_layers: int, **kwargs: object) -> ModelConfig:
@@ -93,3 +96,41 @@ SHAPES: dict[str, ModelConfig] = {
         eos_token_ids=(0,),
     ),
 }
+
+
+def hybrid(config: ModelConfig, mixer: str, attention: float) -> ModelConfig:
+    """Returns the architecture with Mamba layers that its conversion gives.
+
+    Args:
+        config: Of a transformer.
+        mixer: "mamba" or "mamba2".
+        attention: Share of the layers that stay attention, evenly spaced: 1 / n or 0 or 1.
+
+    Raises:
+        UserError: The share is none of those.
+    """
+    every = round(1 / attention) if attention else config.n_layers + 1
+    if not 0 <= attention <= 1 or (attention and abs(1 / attention - every) > 1e-3):
+        raise UserError(
+            f"attention is {attention}; take 0, 1, 0.5, 0.25 or another 1 / n"
+        )
+    heads, kv_heads = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
+    ssm = SSMConfig(
+        d_state=config.head_dim if mixer == "mamba2" else 16,
+        dt_rank=-(-config.d_model // 16),
+        d_inner=heads,
+        d_xb=kv_heads,
+    )
+    kinds = tuple(
+        "attention" if i % every == every - 1 else mixer for i in range(config.n_layers)
+    )
+    is_mixed = set(kinds) != {"attention"}
+    return dataclasses.replace(
+        config, layer_types=kinds, ssm=ssm if is_mixed else config.ssm
+    )
+
+
+def keep(config: ModelConfig, n_layers: int) -> ModelConfig:
+    """Returns the architecture with its first layers only: a draft's."""
+    kinds = config.layer_types[:n_layers]
+    return dataclasses.replace(config, layer_types=kinds)

@@ -32,6 +32,7 @@ LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "dt_rank": None,
     "conv": None,
     "layers": None,
+    "packed": "tensor",
 }
 
 _current_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar(
@@ -71,6 +72,11 @@ def mesh_context(mesh: Mesh | None) -> Iterator[None]:
         yield
     finally:
         _current_mesh.reset(token)
+
+
+def current_mesh() -> Mesh | None:
+    """Returns the mesh of `mesh_context`."""
+    return _current_mesh.get()
 
 
 def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:

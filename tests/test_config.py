@@ -207,6 +207,21 @@ class TestRunConfig:
             "conversion.steps[2] must hold all layers of step 1; missing [2, 5]"
         )
 
+    @pytest.mark.parametrize(
+        "key", ["draft_depth", "draft_vocab_size", "ce_weight", "kl_weight"]
+    )
+    def test_counts_and_weights_are_not_negative(self, key):
+        with pytest.raises(
+            UserError, match=f"stage.{key} is -1; it must be at least 0"
+        ):
+            StageConfig(name="draft", **{key: -1})
+
+    @pytest.mark.parametrize("name", ["distill", "draft"])
+    def test_something_is_learnt(self, name):
+        StageConfig(name=name, ce_weight=0.0, kl_weight=1.0)
+        with pytest.raises(UserError, match="both 0: nothing would be learnt"):
+            StageConfig(name=name, ce_weight=0.0)
+
     def test_accumulate_must_divide(self):
         StageConfig(name="sft", batch_size=6, accumulate=3)
         with pytest.raises(

@@ -1,5 +1,7 @@
 """Unit tests of the losses: values by hand, NumPy in float64 and torch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,6 +178,131 @@ class TestChunks:
         found = losses.token_nll(lambda h: h @ heads[0], hidden, labels, chunk=3)
         expected = losses.token_cross_entropy(hidden @ heads[0], labels)
         assert_close(found, expected, atol=1e-5)
+
+
+MASK = np.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) % 4 > 0
+
+
+def _reduce(nll, kl):
+    return losses.distill_loss(nll, kl, MASK, ce_weight=1.0, kl_weight=0.3)
+
+
+def _distilled(over, hidden, other, heads, labels, chunk):
+    """Returns loss and metrics, the per-token losses joined and reduced by `over`."""
+    per_token = losses.nll_and_kl_of_slice(
+        lambda h: h @ heads[0], lambda h: h @ heads[1]
+    )
+    return over(per_token, (hidden, other, labels), chunk)
+
+
+def _reduced(per_token, arrays, chunk):
+    return losses.reduce_over_chunks(per_token, _reduce, arrays, chunk=chunk)
+
+
+def _joined(per_token, arrays, chunk):
+    return _reduce(*losses.over_chunks(per_token, arrays, chunk=chunk))
+
+
+class TestReducedChunks:
+    """The loss whose gradients are taken in the forward pass."""
+
+    @pytest.mark.parametrize("chunk", [1, 3, 7, 512])
+    def test_equal_to_joined_chunks(self, chunk):
+        hidden, other, heads, labels = _inputs()
+
+        def value_and_grad(over):
+            def loss(hidden, other, heads):
+                return _distilled(over, hidden, other, heads, labels, chunk)
+
+            grad = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+            return jax.jit(grad)(hidden, other, heads)
+
+        found, expected = value_and_grad(_reduced), value_and_grad(_joined)
+        pairs = zip(*map(jax.tree.leaves, (found, expected)), strict=True)
+        for a, b in [pair for pair in pairs if np.any(pair[1])]:
+            assert_close(a, b, atol=1e-6)
+        # Nothing flows into the teacher.
+        assert not np.any(found[1][1]) and not np.any(found[1][2][1])
+
+    def test_gradient_is_scaled_by_what_follows(self):
+        hidden, other, heads, labels = _inputs()
+
+        def loss(hidden, factor):
+            value, _ = _distilled(_reduced, hidden, other, heads, labels, 3)
+            return factor * value**2
+
+        value, _ = _distilled(_reduced, hidden, other, heads, labels, 3)
+        once = jax.grad(lambda h: _distilled(_reduced, h, other, heads, labels, 3)[0])(
+            hidden
+        )
+        found = jax.grad(loss)(hidden, 5.0)
+        assert_close(found, 10.0 * float(value) * once, atol=1e-4)
+
+    def test_without_gradient(self):
+        arguments = _inputs()
+        found = _distilled(_reduced, *arguments, 3)
+        expected = _distilled(_joined, *arguments, 3)
+        assert_close(found[0], expected[0], atol=1e-6)
+        assert_close(found[1]["kl"], expected[1]["kl"], atol=1e-6)
+
+    def test_products_are_not_repeated(self):
+        """Logits of both models, once, and the way back into the hidden states."""
+        hidden, other, heads, labels = _inputs()
+
+        def loss(over, hidden):
+            return _distilled(over, hidden, other, heads, labels, 3)[0]
+
+        def count(over):
+            grad = jax.grad(functools.partial(loss, over))
+            return str(jax.make_jaxpr(grad)(hidden)).count(" dot_general[")
+
+        counts = [count(over) for over in (_reduced, _joined)]
+        assert counts == [3, 5]
+
+    def test_tokens_that_do_not_count_are_left_out(self):
+        """Wherever they lie: every row has as many that count, at other places."""
+        hidden, other, heads, labels = _inputs()
+        mask = np.zeros((BATCH, LENGTH), bool)
+        for row, places in enumerate([(0, 3, 6), (4, 5, 6), (1, 2, 5)]):
+            mask[row, list(places)] = True
+
+        def loss(hidden):
+            per_token = losses.nll_and_kl_of_slice(
+                lambda h: h @ heads[0], lambda h: h @ heads[1]
+            )
+
+            def reduce(nll, kl):
+                return losses.distill_loss(nll, kl, mask, ce_weight=1.0, kl_weight=0.3)
+
+            arrays = (hidden, other, labels)
+            return losses.reduce_over_chunks(per_token, reduce, arrays, chunk=1)[0]
+
+        expected = jax.value_and_grad(loss)(hidden)
+        poisoned = np.where(mask[:, :, None], hidden, np.float32(np.nan))
+        found = jax.value_and_grad(loss)(poisoned)
+        assert_close(found[0], expected[0], atol=1e-6)
+        assert_close(found[1], expected[1], atol=1e-6)
+        assert not np.any(np.asarray(found[1])[~mask])
+
+    def test_only_a_slice_of_logits_is_held(self):
+        hidden, other = _random(2, 64, 4), _random(2, 64, 4)
+        heads = _random(4, 1000), _random(4, 1000)
+        labels = jnp.zeros((2, 64), jnp.int32)
+        mask = np.ones((2, 64), bool)
+
+        def loss(hidden, heads):
+            per_token = losses.nll_and_kl_of_slice(
+                lambda h: h @ heads[0], lambda h: h @ heads[1]
+            )
+
+            def reduce(nll, kl):
+                return losses.distill_loss(nll, kl, mask, ce_weight=1.0, kl_weight=1.0)
+
+            arrays = (hidden, other, labels)
+            return losses.reduce_over_chunks(per_token, reduce, arrays, chunk=8)[0]
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, heads).jaxpr
+        assert _largest(jaxpr) == 2 * 8 * 1000
 
 
 def _largest(jaxpr):

@@ -93,10 +93,11 @@ def test_compiled_ssd_matches_the_reference(dtype):
     assert relative_error(state, last) < bound
 
 
+@pytest.mark.parametrize("layout", ["train", "decode"])
 @pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
-def test_greedy_speculation_is_plain_decoding(mixer):
+def test_greedy_speculation_is_plain_decoding(mixer, layout):
     params, config = hybrid(mixer)
-    compute = ComputeConfig(scan_layers=False)
+    compute = ComputeConfig(scan_layers=False, layout=layout)
     target = decoder.build(config, params, compute)
     shrunk, small = surgery.keep_layers(params, config, (0, 1))
     draft = decoder.build(small, shrunk, compute)
@@ -108,3 +109,21 @@ def test_greedy_speculation_is_plain_decoding(mixer):
         )
     np.testing.assert_array_equal(plain.tokens, fast.tokens)
     assert stats.tokens_per_step >= 1
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_no_cache_is_copied_while_decoding(mixer):
+    """Keys, values and states are updated where they are."""
+    params, config = hybrid(mixer)
+    model = decoder.build(config, params, ComputeConfig(layout="decode"))
+    state = decode.start(model, [np.arange(3, 9)], max_new_tokens=99, eos_ids=())
+    text = decode.advance.lower(model, state, 8).compile().as_text()
+    large = {
+        f"f32[{','.join(map(str, leaf.shape))}]"
+        for layer in state.cache.layers
+        for leaf in jax.tree.leaves(layer)
+        if leaf.size >= 2048
+    }
+    assert len(large) == 2
+    copies = [line for line in text.splitlines() if " copy(" in line]
+    assert not [line for line in copies if any(name in line for name in large)]

@@ -34,7 +34,9 @@ _MODEL = flags.DEFINE_string(
     "model", None, "Folder of a model or an export, hub id, or demo_teacher."
 )
 _DRAFT = flags.DEFINE_string("draft", None, "The same of a draft; default none.")
-_K = flags.DEFINE_integer("k", 4, "Tokens that the draft proposes per step.")
+_K = flags.DEFINE_string(
+    "k", "4", "Tokens that the draft proposes per step; auto: what pays best."
+)
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to answer in the terminal.")
 _INPUT = flags.DEFINE_string("input", None, "JSON lines to answer.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON lines with the answers.")
@@ -89,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
     options = Options(
         model=_MODEL.value,
         draft=_DRAFT.value,
-        k=_K.value,
+        k=_number_or_auto(_K.value),
         chat=_CHAT.value,
         system=_SYSTEM.value,
         max_new_tokens=_MAX_NEW_TOKENS.value,
@@ -117,6 +119,15 @@ def main(argv: Sequence[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     sys.exit(1 if num_errors else 0)
+
+
+def _number_or_auto(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"--k is {text!r}; give a number or auto") from None
 
 
 def answer_prompt(options: "Options", prompt: str) -> None:

@@ -14,12 +14,16 @@ from mil_jax.config import ModelConfig
 from mil_jax.errors import UserError
 from mil_jax.generate.sampler import Sampling, fold_in_rows, row_keys, sample
 from mil_jax.models.cache import HybridCache, init_cache
-from mil_jax.models.decoder import HybridLM
+from mil_jax.models.decoder import Frozen, HybridLM, freeze, thaw
 
 S = TypeVar("S")  # A state, plain or speculative.
 
 # Prompts are padded to a multiple of this, so that few lengths are compiled.
 PROMPT_BUCKET = 32
+# Tokens of a batch that a prefill reads at a time, and the fewest and most of a row.
+CHUNK_TOKENS, MIN_CHUNK, MAX_CHUNK = 16384, 256, 2048
+# Between two questions to the host; each costs a gap between steps.
+STEPS_PER_CHECK = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Completions:
 
 
 def generate(
-    model: HybridLM,
+    model: HybridLM | Frozen,
     prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     max_new_tokens: int,
@@ -49,21 +53,24 @@ def generate(
     eos_ids: Sequence[int] | None = None,
     seed: int = 0,
     max_length: int | None = None,
+    chunk: int | None = None,
 ) -> Completions:
     """Answers a batch of prompts of any lengths.
 
     Args:
-        model: Best built with `scan_layers=False`.
+        model: Best built with `layout="decode"`.
         prompts: Token ids, at least one each.
         max_new_tokens: Limit on each answer.
         sampling: Greedy by default.
         eos_ids: Tokens that end an answer; default the model's. () never ends early.
         seed: Of the sampling.
         max_length: Cache slots per row; default what this batch needs.
+        chunk: Positions of a prompt that are read at a time; default by `prefill_chunk`.
 
     Raises:
         UserError: A prompt is empty or does not fit, or a token is not of the vocabulary.
     """
+    model = freeze(model)
     state = start(
         model,
         prompts,
@@ -72,6 +79,7 @@ def generate(
         eos_ids=eos_ids,
         seed=seed,
         max_length=max_length,
+        chunk=chunk,
     )
     return completions(advance(model, state, max_new_tokens))
 
@@ -105,7 +113,7 @@ class State:
 
 
 def start(
-    model: HybridLM,
+    model: HybridLM | Frozen,
     prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     max_new_tokens: int,
@@ -115,6 +123,7 @@ def start(
     rows: Sequence[int] | None = None,
     max_length: int | None = None,
     width: int | None = None,
+    chunk: int | None = None,
 ) -> State:
     """Reads a batch of prompts and returns their answers' first tokens, to go on from.
 
@@ -130,11 +139,13 @@ def start(
         max_length: Cache slots per row.
         width: Length that prompts are padded to; default the next multiple of
             `PROMPT_BUCKET`.
+        chunk: Positions that are read at a time.
 
     Raises:
         UserError: As `generate`.
     """
     batch = pad_prompts(prompts, model.config, width)
+    chunk = prefill_chunk(batch, chunk)
     eos = model.config.eos_token_ids if eos_ids is None else eos_ids
     return _start(
         model,
@@ -142,7 +153,8 @@ def start(
         batch.lengths,
         row_keys(seed, len(batch.lengths), rows),
         max_new_tokens=max_new_tokens,
-        capacity=check_capacity(batch, max_new_tokens, max_length),
+        capacity=check_capacity(batch, max_new_tokens, max_length, chunk),
+        chunk=chunk,
         sampling=sampling,
         eos_ids=tuple(eos),
     )
@@ -195,10 +207,23 @@ def pad_prompts(
     return PromptBatch(tokens, np.array([row.size for row in rows], np.int32))
 
 
+def prefill_chunk(batch: PromptBatch, chunk: int | None = None) -> int:
+    """Returns how many positions of a batch's prompts are read at a time.
+
+    Raises:
+        UserError: `chunk` is below 1.
+    """
+    if chunk is None:
+        return max(MIN_CHUNK, min(MAX_CHUNK, CHUNK_TOKENS // len(batch.lengths)))
+    if chunk < 1:
+        raise UserError(f"chunk is {chunk}; it must be at least 1")
+    return chunk
+
+
 def check_capacity(
-    batch: PromptBatch, max_new_tokens: int, max_length: int | None
+    batch: PromptBatch, max_new_tokens: int, max_length: int | None, chunk: int
 ) -> int:
-    """Returns the cache's length for a batch.
+    """Returns the cache's length for a batch that is read `chunk` positions at a time.
 
     Raises:
         UserError: `max_new_tokens` is below 1, or a prompt with its answer exceeds
@@ -216,7 +241,8 @@ def check_capacity(
     # By the padded width, so that batches of one bucket run the same program; the padded
     # prompt is written as a whole before its padding is overwritten.
     width = batch.tokens.shape[1]
-    return max(width, max_length or width + max_new_tokens)
+    read = width if width <= chunk else -(-width // chunk) * chunk
+    return max(read, max_length or width + max_new_tokens)
 
 
 def is_eos(tokens: Int[Array, "*B"], eos_ids: tuple[int, ...]) -> Bool[Array, "*B"]:
@@ -228,22 +254,24 @@ def is_eos(tokens: Int[Array, "*B"], eos_ids: tuple[int, ...]) -> Bool[Array, "*
 
 
 @functools.partial(
-    jax.jit, static_argnames=("max_new_tokens", "capacity", "sampling", "eos_ids")
+    jax.jit,
+    static_argnames=("max_new_tokens", "capacity", "chunk", "sampling", "eos_ids"),
 )
 def _start(
-    model: HybridLM,
+    model: HybridLM | Frozen,
     prompts: Int[Array, "B L"],
     prompt_lengths: Int[Array, "B"],
     keys: jax.Array,
     *,
     max_new_tokens: int,
     capacity: int,
+    chunk: int,
     sampling: Sampling,
     eos_ids: tuple[int, ...],
 ) -> State:
     batch = prompts.shape[0]
     cache = init_cache(model.config, model.compute, batch=batch, max_length=capacity)
-    logits, cache = model.prefill(prompts, prompt_lengths, cache)
+    logits, cache = thaw(model).prefill(prompts, prompt_lengths, cache, chunk=chunk)
     first = sample(fold_in_rows(keys, 0), logits, sampling)
     return State(
         tokens=jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(first),
@@ -258,8 +286,14 @@ def _start(
     )
 
 
-@functools.partial(jax.jit, donate_argnames="state")
-def advance(model: HybridLM, state: State, num_steps: int) -> State:
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="steps_per_check")
+def advance(
+    model: HybridLM | Frozen,
+    state: State,
+    num_steps: int,
+    *,
+    steps_per_check: int = STEPS_PER_CHECK,
+) -> State:
     """Decodes up to `num_steps` more tokens per row; rows that have ended stay.
 
     One program serves every `num_steps`, and one call is one round trip to the device.
@@ -268,27 +302,36 @@ def advance(model: HybridLM, state: State, num_steps: int) -> State:
         model: The model that `state` was started with.
         state: Consumed: its buffers are used again, so take the returned one.
         num_steps: Less are done where all rows end before.
+        steps_per_check: The device goes through so many before it asks the host whether all
+            is done; what it ran in excess is dropped.
     """
     end = state.step + num_steps
-
-    def decode(state: State) -> State:
-        logits, cache = model.decode(state.last[:, None], state.cache)
-        keys = fold_in_rows(state.keys, state.step)
-        token = sample(keys, logits[:, 0], state.sampling)
-        done, is_live = state.done, (~state.done).astype(jnp.int32)
-        tokens = state.tokens.at[:, state.step].set(jnp.where(done, 0, token))
-        lengths = state.lengths + is_live
-        done |= is_eos(token, state.eos_ids) | (lengths >= tokens.shape[1])
-        return dataclasses.replace(
-            state,
-            tokens=tokens,
-            lengths=lengths,
-            done=done,
-            last=token,
-            step=state.step + 1,
-            cache=cache.keep(is_live),
-        )
-
+    step = functools.partial(_step, thaw(model), end)
     return jax.lax.while_loop(
-        lambda state: (state.step < end) & ~jnp.all(state.done), decode, state
+        lambda state: (state.step < end) & ~jnp.all(state.done),
+        lambda state: jax.lax.fori_loop(
+            0, steps_per_check, lambda _, state: step(state), state
+        ),
+        state,
+    )
+
+
+def _step(model: HybridLM, end: Int[Array, ""], state: State) -> State:
+    """Returns the state after one more token, or as it is from step `end` on."""
+    logits, cache = model.decode(state.last[:, None], state.cache)
+    keys = fold_in_rows(state.keys, state.step)
+    token = sample(keys, logits[:, 0], state.sampling)
+    is_live = ~state.done & (state.step < end)
+    tokens = state.tokens.at[:, state.step].set(jnp.where(is_live, token, 0))
+    gained = is_live.astype(jnp.int32)
+    lengths = state.lengths + gained
+    has_ended = is_eos(token, state.eos_ids) | (lengths >= tokens.shape[1])
+    return dataclasses.replace(
+        state,
+        tokens=tokens,
+        lengths=lengths,
+        done=state.done | (is_live & has_ended),
+        last=jnp.where(is_live, token, state.last),
+        step=jnp.minimum(state.step + 1, end),
+        cache=cache.keep(gained),
     )

@@ -14,7 +14,8 @@ from mil_jax.checkpoint import models
 from mil_jax.config import ComputeConfig
 from mil_jax.data.chat import Tokenizer
 from mil_jax.generate import decode, speculative
-from mil_jax.generate.plan import Plan
+from mil_jax.generate.adaptive import Chooser
+from mil_jax.generate.plan import AUTO, Plan
 from mil_jax.models import decoder
 from mil_jax.models.decoder import HybridLM
 
@@ -52,6 +53,7 @@ class Speed:
     num_steps: int = 0
     gained: int = 0
     accepted_at: np.ndarray | None = None
+    tried_at: np.ndarray | None = None
 
     def line(self) -> str:
         """Returns all of it as one line."""
@@ -61,7 +63,8 @@ class Speed:
         ]
         if self.accepted_at is not None:
             steps = max(self.num_steps, 1)
-            shares = " ".join(f"{n / steps:.0%}" for n in self.accepted_at)
+            tried = np.maximum(self.tried_at, 1)
+            shares = " ".join(f"{share:.0%}" for share in self.accepted_at / tried)
             parts.append(f"{self.gained / steps:.2f} tokens per step")
             parts.append(f"accepted at 1 to {self.accepted_at.size}: {shares}")
         return "; ".join([*parts, f"compiled in {self.compile_seconds:.1f} s"])
@@ -77,7 +80,9 @@ class Engine:
     def __init__(self, plan: Plan, model: HybridLM, draft: HybridLM | None):
         self.plan = plan
         self.speed = Speed()
-        self._model, self._draft = model, draft
+        self._model = decoder.freeze(model)
+        self._draft = None if draft is None else decoder.freeze(draft)
+        self._chooser = Chooser() if plan.options.k == AUTO else None
         self._last_compile = _watch_compilation()
 
     def answer(
@@ -138,14 +143,16 @@ class Engine:
         }
         if self._draft is None:
             return decode.start(self._model, prompts, **kwargs)
-        return speculative.start(
-            self._model, self._draft, prompts, k=options.k, **kwargs
-        )
+        k = self._chooser.k_max if self._chooser else options.k
+        return speculative.start(self._model, self._draft, prompts, k=k, **kwargs)
 
     def _advance(self, state: Any, block: int) -> Any:
         if self._draft is None:
             return decode.advance(self._model, state, block)
-        return speculative.advance(self._model, self._draft, state, block)
+        advance = functools.partial(speculative.advance, self._model, self._draft)
+        if self._chooser is None:
+            return advance(state, block)
+        return self._chooser.run(advance, state, block)
 
     def _timed(self, work: Callable[[], T]) -> tuple[T, float, float]:
         """Returns the result, the seconds it ran and those it was compiled before."""
@@ -160,9 +167,9 @@ class Engine:
         if seen.accepted_at is not None:
             self.speed.num_steps += int(seen.steps.sum())
             self.speed.gained += int(seen.gained.sum())
-            before = self.speed.accepted_at
-            before = np.zeros_like(seen.accepted_at) if before is None else before
-            self.speed.accepted_at = before + seen.accepted_at
+            for name in ("accepted_at", "tried_at"):
+                before, new = getattr(self.speed, name), getattr(seen, name)
+                setattr(self.speed, name, new if before is None else before + new)
 
     def _look(
         self, seen: "_Seen", row: int, show: Callable[[str], None] | None
@@ -191,6 +198,7 @@ class _Seen(NamedTuple):
     steps: np.ndarray | None
     gained: np.ndarray | None
     accepted_at: np.ndarray | None
+    tried_at: np.ndarray | None
 
 
 def _fetch(state: decode.State | speculative.State) -> _Seen:
@@ -253,11 +261,13 @@ def _watch_compilation() -> list[float]:
 
 def load(plan: Plan) -> Engine:
     """Returns the models of a plan on the default device."""
-    compute = ComputeConfig(dtype=plan.dtype, param_dtype=plan.dtype, scan_layers=False)
+    compute = ComputeConfig(dtype=plan.dtype, param_dtype=plan.dtype, layout="decode")
 
     def build(folder: Path) -> HybridLM:
         checkpoint = models.load(folder)
         return decoder.build(checkpoint.config, checkpoint.params, compute)
 
     draft = None if plan.draft_folder is None else build(plan.draft_folder)
+    if plan.draft_vocab is not None:
+        draft = draft.with_vocab(plan.draft_vocab)
     return Engine(plan, build(plan.folder), draft)

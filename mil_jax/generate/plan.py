@@ -16,10 +16,13 @@ from mil_jax.data.chat import Tokenizer, encode_prompt, load_tokenizer
 from mil_jax.data.row_files import Row, RowError
 from mil_jax.data.types import Message
 from mil_jax.errors import UserError
+from mil_jax.generate import draft_vocab, speculative
 from mil_jax.generate.sampler import Sampling
 
 # A text, or a chat that waits for an answer.
 Request: TypeAlias = str | Sequence[Message]
+# As K: chosen while decoding.
+AUTO = "auto"
 FORMS = '{"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}'
 
 
@@ -30,7 +33,7 @@ class Options:
     Attributes:
         model: A folder, hub id or `demo_teacher`.
         draft: The same, of a smaller model; None decodes plainly.
-        k: Draft tokens per step.
+        k: Draft tokens per step, or "auto": chosen between blocks of steps.
         chat: Whether to use the chat template; None if there is one.
         system: System message of chats that have none.
         max_new_tokens: Limit on an answer.
@@ -43,7 +46,7 @@ class Options:
 
     model: str
     draft: str | None = None
-    k: int = 4
+    k: int | Literal["auto"] = 4
     chat: bool | None = None
     system: str | None = None
     max_new_tokens: int = 256
@@ -56,7 +59,7 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("k", "max_new_tokens", "max_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value not in (None, AUTO) and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
         if "" in self.stop:
             raise UserError("a stop string is empty; give at least one character")
@@ -73,6 +76,7 @@ class Plan:
         config: The model's architecture.
         folder: Where it lies.
         draft_folder: Where the draft lies.
+        draft_vocab: The tokens that it may propose; None for all.
         tokenizer: The model's.
         is_chat: Whether requests go through the chat template.
     """
@@ -81,6 +85,7 @@ class Plan:
     config: ModelConfig
     folder: Path
     draft_folder: Path | None
+    draft_vocab: np.ndarray | None
     tokenizer: Tokenizer
     is_chat: bool
 
@@ -162,7 +167,7 @@ def make_plan(options: Options) -> Plan:
     is_chat = bool(tokenizer.chat_template) and options.chat is not False
     if options.system is not None and not is_chat:
         raise UserError(f"a system message needs a chat template; {folder} has none")
-    draft_folder = None
+    draft_folder, vocab = None, None
     if options.draft is not None:
         draft_config, draft_folder = models.read_config(options.draft)
         if draft_config.vocab_size != config.vocab_size:
@@ -172,7 +177,10 @@ def make_plan(options: Options) -> Plan:
                 "use the same"
             )
         _check_same_tokenizer(tokenizer, draft_folder)
-    return Plan(options, config, folder, draft_folder, tokenizer, is_chat)
+        if options.k != AUTO:
+            speculative.check_models(config, draft_config, options.k)
+        vocab = draft_vocab.load(draft_folder, config.vocab_size)
+    return Plan(options, config, folder, draft_folder, vocab, tokenizer, is_chat)
 
 
 def _check_same_tokenizer(tokenizer: Tokenizer, draft: Path) -> None:

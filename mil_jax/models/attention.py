@@ -3,12 +3,16 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from mil_jax import sharding
 from mil_jax.config import ComputeConfig, ModelConfig
 from mil_jax.models import rope
 from mil_jax.models.cache import KVCache, write_rows
-from mil_jax.models.layers import Linear, RMSNorm
+from mil_jax.models.layers import Linear, RMSNorm, pack, project
+from pallas_kernels.cached_attention import cached_attention, rotate_and_append
+
+QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def default_attention(compute: ComputeConfig) -> str:
@@ -31,6 +35,7 @@ class Attention(nnx.Module):
         self.k_proj = Linear((d, kv_dim), ("embed", "kv_heads"), **biased)
         self.v_proj = Linear((d, kv_dim), ("embed", "kv_heads"), **biased)
         self.o_proj = Linear((q_dim, d), ("heads", "embed"), **kwargs)
+        pack(self, compute, QKV, ("o_proj",))
         self.q_norm, self.k_norm = (
             RMSNorm(p, axis="head_dim", eps=config.rms_norm_eps, rngs=rngs)
             if config.qk_norm
@@ -74,16 +79,30 @@ class Attention(nnx.Module):
         Prefill and decoding are this one method: a row's stale or padded slots lie at
         positions after its queries and are masked by causality.
         """
-        positions = lengths[:, None] + jnp.arange(u.shape[1], dtype=jnp.int32)[None]
-        q, k, v = self._project(u, positions)
-        cache = KVCache(
-            write_rows(cache.k, k, lengths), write_rows(cache.v, v, lengths)
-        )
-        slots = jnp.arange(cache.k.shape[1], dtype=jnp.int32)[None, None]
-        visible = slots <= positions[:, :, None]
-        if self.config.sliding_window is not None:
-            visible &= slots > positions[:, :, None] - self.config.sliding_window
-        return self._output(attend(q, cache.k, cache.v, visible)), cache
+        c = self.config
+
+        def attend(_: None, rows: tuple) -> tuple:
+            new, k, v, lengths = rows
+            if c.qk_norm:
+                q, new_k, new_v = new
+                k, v = write_rows(k, new_k, lengths), write_rows(v, new_v, lengths)
+            else:
+                angles = rope.inverse_frequencies(
+                    c.head_dim, c.rope_theta, c.rope_scaling
+                )
+                q, k, v = rotate_and_append(new, k, v, lengths, angles)
+            window = c.sliding_window
+            return cached_attention(q, k, v, lengths, sliding_window=window), k, v
+
+        if c.qk_norm:
+            step = jnp.arange(u.shape[1], dtype=jnp.int32)
+            new = self._project(u, lengths[:, None] + step[None])
+        else:
+            new = jnp.concatenate(project(self, QKV, u), axis=-1)
+        # The compiler has no rule for splitting a kernel: it would gather the caches.
+        rows = (new, cache.k, cache.v, lengths)
+        out, k, v = sharding.by_rows(attend, None, rows)
+        return self._output(out), KVCache(k, v)
 
     def _project(
         self, u: Float[Array, "B L D"], positions: Int[Array, "B L"]
@@ -92,9 +111,9 @@ class Attention(nnx.Module):
     ]:
         """Returns rotated queries and keys, and values."""
         c = self.config
-        q = self.q_proj(u).reshape(*u.shape[:2], c.n_heads, c.head_dim)
-        k = self.k_proj(u).reshape(*u.shape[:2], c.n_kv_heads, c.head_dim)
-        v = self.v_proj(u).reshape(*u.shape[:2], c.n_kv_heads, c.head_dim)
+        q, k, v = (
+            a.reshape(*u.shape[:2], -1, c.head_dim) for a in project(self, QKV, u)
+        )
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         frequencies = rope.inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
@@ -103,20 +122,3 @@ class Attention(nnx.Module):
 
     def _output(self, out: Float[Array, "B L H P"]) -> Float[Array, "B L D"]:
         return self.o_proj(out.reshape(*out.shape[:2], -1))
-
-
-def attend(
-    q: Float[Array, "B T H P"],
-    k: Float[Array, "B S K P"],
-    v: Float[Array, "B S K P"],
-    visible: Bool[Array, "B T S"],
-) -> Float[Array, "B T H P"]:
-    """Returns softmax(q k / sqrt(P)) v over the visible slots, softmax in float32."""
-    batch, steps, heads, dim = q.shape
-    grouped = q.reshape(batch, steps, k.shape[2], heads // k.shape[2], dim)
-    scores = jnp.einsum(
-        "btkrp,bskp->bkrts", grouped, k, preferred_element_type=jnp.float32
-    )
-    scores = jnp.where(visible[:, None, None], scores * dim**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkrts,bskp->btkrp", weights, v).reshape(q.shape)

@@ -1,6 +1,8 @@
 """What a model keeps between calls while it generates."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +33,15 @@ class SSMCache:
     Attributes:
         state: h_i, float32: [B, E, N] (Mamba) or [B, H, N, P] (Mamba-2).
         window: The W-1 inputs of the convolution before position i, un-repeated.
-        pending_window: Inputs of the convolution from position i on, [B, S, C].
+        pending_window: Inputs of the convolution from position i on, [B, S, C]; where one
+            product holds them among others, that product.
         pending: Inputs of the scan from position i on: x after the convolution, dt before
-            softplus, B; S slots each.
+            softplus, B; S slots each, None for what is in that product.
     """
 
     state: Float[Array, "..."]
     window: Float[Array, "B V C"]
-    pending_window: Float[Array, "B S C"]
+    pending_window: Float[Array, "B S ..."]
     pending: Pending
 
 
@@ -66,6 +69,18 @@ class HybridCache:
         lengths = self.lengths - self.num_pending + num_tokens
         return dataclasses.replace(self, lengths=lengths, num_pending=num_tokens)
 
+    def with_max_step(self, max_step: int) -> "HybridCache":
+        """Returns the cache with room for so many pending tokens, not less than it has."""
+        resized = [
+            layer
+            if isinstance(layer, KVCache)
+            else dataclasses.replace(
+                layer, **_resize((layer.pending_window, layer.pending), max_step)
+            )
+            for layer in self.layers
+        ]
+        return dataclasses.replace(self, layers=tuple(resized))
+
     @property
     def slots(self) -> int | None:
         """Length of the key/value buffers, None without attention layers."""
@@ -73,6 +88,17 @@ class HybridCache:
             if isinstance(layer, KVCache):
                 return layer.k.shape[1]
         return None
+
+
+@functools.partial(jax.jit, static_argnames="max_step")
+def _resize(slots: tuple[jax.Array, Pending], max_step: int) -> dict[str, Any]:
+    def resize(values: jax.Array) -> jax.Array:
+        missing = max(max_step - values.shape[1], 0)
+        padding = [(0, 0), (0, missing)] + [(0, 0)] * (values.ndim - 2)
+        return jnp.pad(values[:, :max_step], padding)
+
+    pending_window, pending = jax.tree.map(resize, slots)
+    return {"pending_window": pending_window, "pending": pending}
 
 
 def init_cache(
@@ -112,36 +138,42 @@ def init_cache(
             shape = (batch, slots, config.n_kv_heads, config.head_dim)
             layers.append(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
         else:
-            layers.append(_init_ssm_cache(config, kind, batch, max_step, dtype))
+            layers.append(_init_ssm_cache(config, compute, kind, batch, max_step))
     zeros = jnp.zeros((batch,), jnp.int32)
     return HybridCache(tuple(layers), zeros, zeros)
 
 
 def _init_ssm_cache(
-    config: ModelConfig, kind: str, batch: int, max_step: int, dtype: jnp.dtype
+    config: ModelConfig, compute: ComputeConfig, kind: str, batch: int, max_step: int
 ) -> SSMCache:
-    ssm = config.ssm
+    ssm, dtype = config.ssm, jnp.dtype(compute.dtype)
+    # Laid out for decoding, the inputs of one product are kept together.
+    is_packed = compute.layout == "decode"
     if kind == "mamba":
-        groups = 1 if ssm.inputs_from == "conv" else ssm.d_xb // ssm.d_state
+        is_pure = ssm.inputs_from == "conv"
+        groups = 1 if is_pure else ssm.d_xb // ssm.d_state
         state = (batch, ssm.d_inner, ssm.d_state)
         x, dt = (ssm.d_inner,), (ssm.d_inner,)
         b, conv = (groups, ssm.d_state), ssm.d_xb
+        packed = ssm.d_xb + ssm.d_inner
+        if is_packed and not is_pure:
+            packed += ssm.dt_rank + ssm.d_xb + ssm.d_inner
+            b = None
     else:
         heads, kv_heads = config.n_heads, config.n_kv_heads
         state = (batch, heads, ssm.d_state, ssm.d_inner // heads)
-        x, dt = (kv_heads, ssm.d_xb // kv_heads), (heads,)
+        x, dt = (kv_heads, ssm.d_xb // kv_heads), None if is_packed else (heads,)
         b, conv = (kv_heads, ssm.d_state), 2 * ssm.d_xb + ssm.d_inner
+        packed = conv + ssm.d_inner + heads
 
-    def zeros(*shape: int) -> jax.Array:
-        return jnp.zeros((batch, *shape), dtype)
+    def zeros(slots: int, shape: tuple[int, ...] | None) -> jax.Array | None:
+        return None if shape is None else jnp.zeros((batch, slots, *shape), dtype)
 
     return SSMCache(
         state=jnp.zeros(state, jnp.float32),
-        window=zeros(ssm.d_conv - 1, conv),
-        pending_window=zeros(max_step, conv),
-        pending=Pending(
-            x=zeros(max_step, *x), dt=zeros(max_step, *dt), B=zeros(max_step, *b)
-        ),
+        window=zeros(ssm.d_conv - 1, (conv,)),
+        pending_window=zeros(max_step, (packed if is_packed else conv,)),
+        pending=Pending(*(zeros(max_step, shape) for shape in (x, dt, b))),
     )
 
 

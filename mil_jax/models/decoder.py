@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.extend.core import Primitive
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -19,7 +20,15 @@ from mil_jax.errors import UserError
 from mil_jax.models import rope
 from mil_jax.models.attention import Attention
 from mil_jax.models.cache import HybridCache, KVCache, SSMCache
-from mil_jax.models.layers import Embedding, Linear, RMSNorm
+from mil_jax.models.layers import (
+    Embedding,
+    Linear,
+    PackedLinear,
+    Packing,
+    RMSNorm,
+    multiply_float32,
+    pack,
+)
 from mil_jax.models.mamba import MambaMixer
 from mil_jax.models.mamba2 import Mamba2Mixer
 from mil_jax.models.mlp import MLP
@@ -68,12 +77,15 @@ class DecoderLayer(nnx.Module):
         segment_ids: Int[Array, "B L"] | None,
     ) -> Float[Array, "B L D"]:
         """Runs whole sequences."""
-        u = self.input_norm(h)
+        h, u = self.input_norm.add(h)
         if self.kind == "attention":
             mixed = self.mixer(u, positions, segment_ids)
         else:
             mixed = self.mixer(u, segment_ids)
-        return self._feed_forward(h + mixed)
+        if self.mlp is None:
+            return h + mixed
+        h, u = self.mlp_norm.add(h, mixed)
+        return h + self.mlp(u)
 
     def prefill(
         self,
@@ -108,7 +120,25 @@ class DecoderLayer(nnx.Module):
         return self._feed_forward(h + mixed), cache
 
     def _feed_forward(self, h: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return h if self.mlp is None else h + self.mlp(self.mlp_norm(h))
+        return h if self.mlp is None else h + self.mlp.of_norm(h, self.mlp_norm)
+
+
+# Equal layers are traced once, though the compiler sees each. What is traced depends on the
+# mesh, so it is an argument.
+@functools.partial(jax.jit, static_argnames="mesh")
+def _prefill_layer(
+    layer: DecoderLayer, *args: object, mesh: Mesh | None
+) -> tuple[jax.Array, KVCache | SSMCache]:
+    del mesh
+    return layer.prefill(*args)
+
+
+@functools.partial(jax.jit, static_argnames=("commit", "mesh"))
+def _decode_layer(
+    layer: DecoderLayer, *args: object, commit: bool, mesh: Mesh | None
+) -> tuple[jax.Array, KVCache | SSMCache]:
+    del mesh
+    return layer.decode(*args, commit=commit)
 
 
 class LayerStack(nnx.Module):
@@ -132,6 +162,7 @@ class LayerStack(nnx.Module):
         )
         self.repeats = config.n_layers // period
         self.remat = compute.remat
+        self.keeps_products = compute.remat_keeps == "products"
 
     def __call__(
         self,
@@ -147,7 +178,8 @@ class LayerStack(nnx.Module):
             return sharding.constrain(h, ("batch", "length", None))
 
         if self.remat:
-            run = jax.checkpoint(run, static_argnums=(2,))
+            policy = _is_product if self.keeps_products else None
+            run = jax.checkpoint(run, static_argnums=(2,), policy=policy)
         split = [nnx.split(block) for block in self.blocks]
         graphdefs = [graphdef for graphdef, _ in split]
 
@@ -173,6 +205,13 @@ class LayerStack(nnx.Module):
                 yield nnx.merge(graphdef, sliced)
 
 
+def _is_product(primitive: Primitive, *_: object, **__: object) -> bool:
+    """Whether remat stores the outputs: of matrix products, kernels and attention."""
+    name = primitive.name
+    is_kernel = name in ("custom_vjp_call", "pallas_call", "remat_opt")
+    return name == "dot_general" or is_kernel or "attention" in name
+
+
 class HybridLM(nnx.Module):
     """A decoder-only language model whose layers mix with attention, Mamba or Mamba-2."""
 
@@ -193,6 +232,9 @@ class HybridLM(nnx.Module):
             if config.tie_embeddings
             else Linear((d, v), ("embed", "vocab"), dtype=compute.dtype, rngs=rngs)
         )
+        if self.lm_head is not None:
+            pack(self, compute, ("lm_head",))
+        self.vocab: nnx.Variable | None = None
         self.config = config
         self.compute = compute
 
@@ -228,41 +270,110 @@ class HybridLM(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns float32 logits."""
-        dtype = self.compute.dtype
-        if self.lm_head is None:
-            kernel = self.embed.embedding[...].T
-        else:
+        hidden = hidden.astype(self.compute.dtype)
+        is_transposed = getattr(self.lm_head, "is_transposed", self.lm_head is None)
+        owner = self.embed.embedding if self.lm_head is None else self.lm_head.kernel
+        return multiply_float32(hidden, owner[...], is_transposed)
+
+    def with_vocab(self, ids: Sequence[int] | np.ndarray) -> "HybridLM":
+        """Returns the model with a head for these tokens only, which is read faster.
+
+        It reads all tokens, but its `logits` are of those, in their order: see `token_ids`
+        and `all_logits`. The rest of the weights is shared.
+        """
+        model = nnx.merge(*nnx.split(self))
+        kernel = self.embed.embedding[...]
+        packing = Packing((len(ids),), True)
+        if self.lm_head is not None:
             kernel = self.lm_head.kernel[...]
-        return jnp.matmul(
-            hidden, kernel.astype(dtype), preferred_element_type=jnp.float32
-        )
+            packing = Packing(
+                (len(ids),), getattr(self.lm_head, "is_transposed", False)
+            )
+        axis = 0 if packing.is_transposed else 1
+        kernel = jnp.take(kernel, jnp.asarray(ids), axis=axis)
+        head = PackedLinear(nnx.Param(kernel), None, packing, self.compute.dtype)
+        model.lm_head = nnx.data(head)
+        model.vocab = nnx.data(nnx.Variable(jnp.asarray(ids, jnp.int32)))
+        return model
+
+    def token_ids(self, index: Int[Array, "*B"]) -> Int[Array, "*B"]:
+        """Returns the tokens at these places of `logits`."""
+        return index if self.vocab is None else jnp.take(self.vocab[...], index)
+
+    def all_logits(self, logits: Float[Array, "*B U"]) -> Float[Array, "*B V"]:
+        """Returns logits of all tokens: -inf for those that the head leaves out."""
+        if self.vocab is None:
+            return logits
+        shape = (*logits.shape[:-1], self.config.vocab_size)
+        return jnp.full(shape, -jnp.inf).at[..., self.vocab[...]].set(logits)
 
     def prefill(
         self,
         tokens: Int[Array, "B L"],
         num_tokens: Int[Array, "B"],
         cache: HybridCache,
+        *,
+        chunk: int | None = None,
     ) -> tuple[Float[Array, "B V"], HybridCache]:
         """Consumes the first `num_tokens[b]` of each row and commits them.
 
         Needs a cache without pending tokens (a new one, or one after another prefill), with
         slots for all L tokens of a row, padding included, after those it holds.
 
+        Args:
+            tokens: Continuation of each row, padded on the right.
+            num_tokens: How many of them count.
+            cache: Without pending tokens.
+            chunk: Read so many positions at a time, which bounds the memory. The slots must
+                then hold L rounded up to a multiple of it.
+
         Returns:
             Logits after each row's last token, and the cache. A row with no token has
             meaningless logits and an unchanged cache.
         """
+        size = tokens.shape[1]
+        if chunk is None or size <= chunk:
+            last, cache = self._prefill(tokens, num_tokens, cache)
+            return self.logits(last), cache
+        count = -(-size // chunk)
+        tokens = jnp.pad(tokens, ((0, 0), (0, count * chunk - size)))
+
+        def read(i: jax.Array, carry: tuple) -> tuple:
+            before, cache = carry
+            part = jax.lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
+            left = jnp.clip(num_tokens - i * chunk, 0, chunk)
+            last, cache = self._prefill(part, left, cache)
+            return jnp.where((left > 0)[:, None], last, before), cache
+
+        nothing = jnp.zeros((tokens.shape[0], self.config.d_model), self.compute.dtype)
+        last, cache = jax.lax.fori_loop(0, count, read, (nothing, cache))
+        return self.logits(last), cache
+
+    def _prefill(
+        self,
+        tokens: Int[Array, "B L"],
+        num_tokens: Int[Array, "B"],
+        cache: HybridCache,
+    ) -> tuple[Float[Array, "B D"], HybridCache]:
+        """Returns the hidden state after each row's last token."""
         h = self.embed(tokens)
         layers = []
         for layer, layer_cache in zip(self.layers.layers(), cache.layers, strict=True):
-            h, layer_cache = layer.prefill(h, layer_cache, cache.lengths, num_tokens)
+            h, layer_cache = _prefill_layer(
+                layer,
+                h,
+                layer_cache,
+                cache.lengths,
+                num_tokens,
+                mesh=sharding.current_mesh(),
+            )
             layers.append(layer_cache)
         last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
         h = self.final_norm(jnp.take_along_axis(h, last, axis=1))
         cache = dataclasses.replace(
             cache, layers=tuple(layers), lengths=cache.lengths + num_tokens
         )
-        return self.logits(h)[:, 0], cache
+        return h[:, 0], cache
 
     def decode(
         self,
@@ -270,6 +381,7 @@ class HybridLM(nnx.Module):
         cache: HybridCache,
         *,
         commit: bool = True,
+        last_only: bool = False,
     ) -> tuple[Float[Array, "B T V"], HybridCache]:
         """Runs T tokens after the kept ones; the caller then says how many to `keep`.
 
@@ -279,6 +391,7 @@ class HybridLM(nnx.Module):
             commit: Advance the committed state over those tokens first (the rule). False
                 leaves it, so that tokens given in several calls can be taken back together;
                 they must fit into the cache's `max_step`.
+            last_only: Return the logits after the last token only, [B, 1, V].
 
         Returns:
             Logits after each of the T tokens, float32, and the cache with the new tokens
@@ -288,13 +401,71 @@ class HybridLM(nnx.Module):
         h = self.embed(tokens)
         layers = []
         for layer, layer_cache in zip(self.layers.layers(), cache.layers, strict=True):
-            h, layer_cache = layer.decode(
-                h, layer_cache, cache.lengths, cache.num_pending, commit=commit
+            h, layer_cache = _decode_layer(
+                layer,
+                h,
+                layer_cache,
+                cache.lengths,
+                cache.num_pending,
+                commit=commit,
+                mesh=sharding.current_mesh(),
             )
             layers.append(layer_cache)
+        if last_only:
+            h = h[:, -1:]
         pending = jnp.zeros_like(cache.num_pending) if commit else cache.num_pending
         cache = dataclasses.replace(cache, layers=tuple(layers), num_pending=pending)
         return self.logits(self.final_norm(h)), cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A model whose modules were walked through once: cheap to hand to jitted programs.
+
+    Handing over a `HybridLM` takes milliseconds each time, as many as decoding a token.
+    """
+
+    arrays: tuple[jax.Array, ...]
+    structure: "_Structure" = dataclasses.field(metadata={"static": True})
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's architecture."""
+        return self.structure.config
+
+    @property
+    def compute(self) -> ComputeConfig:
+        """How it runs."""
+        return self.structure.compute
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Structure:
+    """All of a model but its arrays; equal only to itself, so quick to compare."""
+
+    tree: jax.tree_util.PyTreeDef
+    config: ModelConfig
+    compute: ComputeConfig
+
+
+_structures: dict[jax.tree_util.PyTreeDef, _Structure] = {}
+
+
+def freeze(model: HybridLM | Frozen) -> Frozen:
+    """Returns the model in the form that is handed over quickly."""
+    if isinstance(model, Frozen):
+        return model
+    arrays, tree = jax.tree.flatten(model)
+    structure = _Structure(tree, model.config, model.compute)
+    return Frozen(tuple(arrays), _structures.setdefault(tree, structure))
+
+
+def thaw(model: HybridLM | Frozen) -> HybridLM:
+    """Inverse of `freeze`; cheap while tracing."""
+    if isinstance(model, Frozen):
+        return jax.tree.unflatten(model.structure.tree, model.arrays)
+    return model
 
 
 def find_period(layer_types: tuple[str, ...]) -> int:
@@ -310,8 +481,10 @@ def find_period(layer_types: tuple[str, ...]) -> int:
 class Blueprint:
     """A model without weights, and the map from `Params` to the weights it holds.
 
-    A running model's weights are a flat dict as `Params` is, but layers that are scanned
-    share one entry: "layers.1::4.mlp.up_proj.kernel" stacks layers 1, 5, 9, ...
+    A running model's weights are a flat dict as `Params` is, but some share an entry. Layers
+    that are scanned do: "layers.1::4.mlp.up_proj.kernel" stacks layers 1, 5, 9, ... So do
+    projections laid out for decoding: "layers.1.mlp.gate_proj+up_proj.kernel" holds two,
+    side by side.
     """
 
     config: ModelConfig
@@ -330,11 +503,11 @@ class Blueprint:
             config: Architecture.
             compute: How to run.
             period: Layers per scanned turn; default the smallest that fits, or all layers
-                if `compute.scan_layers` is False.
+                if `compute.is_scanned` is False.
         """
         if period is None:
             scanned = find_period(config.layer_types)
-            period = scanned if compute.scan_layers else config.n_layers
+            period = scanned if compute.is_scanned else config.n_layers
         abstract = nnx.eval_shape(
             lambda: HybridLM(config, compute, period, rngs=nnx.Rngs(0))
         )
@@ -377,6 +550,17 @@ class Blueprint:
         is_float32 = key.endswith(FLOAT32_NAMES)
         return jnp.dtype(jnp.float32 if is_float32 else self.compute.param_dtype)
 
+    def cast_kernels(self, weights: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Returns weights with kernels in the dtype in which they are multiplied.
+
+        Each product casts its kernel anyway, and again where it is recomputed.
+        """
+        dtype = self.compute.dtype
+        return {
+            key: value.astype(dtype) if key.endswith(".kernel") else value
+            for key, value in weights.items()
+        }
+
     def shardings(self, mesh: Mesh) -> dict[str, jax.sharding.NamedSharding]:
         """Returns the placement of every weight."""
         shapes = self.abstract()
@@ -408,27 +592,42 @@ class Blueprint:
         shapes = self.abstract()
         placements = self.shardings(mesh) if mesh is not None else {}
         self._check_names(params)
+        packings = self._packings()
         weights = {}
         for key, expected in shapes.items():
-            parts = [params[name] for name in self._names(key)]
-            for name, part in zip(self._names(key), parts, strict=True):
-                shape = expected.shape[1:] if self._is_stacked(key) else expected.shape
+            packing = packings.get(key)
+            names = self._names(key)
+            parts = [params[name] for name in names]
+            wanted = [expected.shape] * len(names)
+            if self._is_stacked(key):
+                wanted = [expected.shape[1:]] * len(names)
+            elif packing is not None:
+                wanted = packing.part_shapes(expected.shape)
+            for name, part, shape in zip(names, parts, wanted, strict=True):
                 if part.shape != shape:
                     raise UserError(
                         f"{name} has shape {part.shape}; this model needs {shape}"
                     )
-            weights[key] = _stack_on_device(
-                parts, self._is_stacked(key), dtype_of(key), placements.get(key)
-            )
+            dtype, placement = dtype_of(key), placements.get(key)
+            if packing is not None:
+                value = packing.join([jnp.asarray(part, dtype) for part in parts])
+                weights[key] = jax.device_put(value, placement) if placement else value
+            else:
+                weights[key] = _stack_on_device(
+                    parts, self._is_stacked(key), dtype, placement
+                )
         return weights
 
     def unstack(self, weights: Mapping[str, jax.Array]) -> Params:
         """Returns weights (all of the model's, or some) as per-layer `Params`."""
         params: Params = {}
+        packings = self._packings()
         for key, value in weights.items():
             names = self._names(key)
             if self._is_stacked(key):
                 params |= {name: value[i] for i, name in enumerate(names)}
+            elif key in packings:
+                params |= zip(names, packings[key].split(value), strict=True)
             else:
                 params[key] = value
         return params
@@ -436,13 +635,26 @@ class Blueprint:
     def stack(self, params: Params) -> dict[str, jax.Array]:
         """Inverse of `unstack` for any subset of weights it was given."""
         weights = {}
+        packings = self._packings()
         for key in self.abstract():
             names = self._names(key)
             if names[0] not in params:
                 continue
             parts = [params[name] for name in names]
-            weights[key] = jnp.stack(parts) if self._is_stacked(key) else parts[0]
+            if key in packings:
+                weights[key] = packings[key].join(parts)
+            else:
+                weights[key] = jnp.stack(parts) if self._is_stacked(key) else parts[0]
         return weights
+
+    def _packings(self) -> dict[str, Packing]:
+        """Returns how weights that are laid out for decoding arise."""
+        packings = {}
+        for path, variable in nnx.to_flat_state(self.state):
+            packing = variable.get_metadata().get("packing")
+            if packing is not None:
+                packings[self._key(path)] = packing
+        return packings
 
     def _check_names(self, params: Params) -> None:
         expected = {name for key in self.abstract() for name in self._names(key)}
@@ -470,6 +682,9 @@ class Blueprint:
 
     def _names(self, key: str) -> list[str]:
         """Returns the per-layer names that a weight's entry stands for."""
+        if "+" in key:
+            *outer, packed, leaf = key.split(".")
+            return [".".join((*outer, name, leaf)) for name in packed.split("+")]
         match = re.fullmatch(r"layers\.(\d+)::(\d+)\.(.*)", key)
         if match is None:
             return [key]

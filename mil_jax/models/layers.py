@@ -1,11 +1,19 @@
 """Parameters, linear maps, embedding and norm: the parts every layer is made of."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
+
+from mil_jax import sharding
+from mil_jax.config import ComputeConfig
+from pallas_kernels.multi_step.columns import Columns
+from pallas_kernels.residual_norm.api import residual_norm
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 
@@ -66,6 +74,175 @@ class Linear(nnx.Module):
         return y + jnp.broadcast_to(self.bias[...].astype(self.dtype), y.shape)
 
 
+def product_of_all(x: Float[Array, "*B I"], *linears: Linear) -> Float[Array, "*B O"]:
+    """Returns the products of x with linear maps without bias, side by side.
+
+    It is one product for all, whose gradients are single products too.
+    """
+    dtype = linears[0].dtype
+    kernels = [linear.kernel[...].astype(dtype) for linear in linears]
+    return x.astype(dtype) @ jnp.concatenate(kernels, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How an array for decoding arises from those of some `Linear`s.
+
+    Attributes:
+        widths: Of the outputs that lie side by side.
+        is_transposed: Whether it is kept as [out, in].
+    """
+
+    widths: tuple[int, ...]
+    is_transposed: bool
+
+    def part_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Returns the parts' shapes for the array's."""
+        outer = shape[1:] if self.is_transposed else shape[:-1]
+        return [(*outer, width) for width in self.widths]
+
+    def join(self, parts: Sequence[jax.Array]) -> jax.Array:
+        """Returns the array that holds the parts."""
+        value = jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+        return value.T if self.is_transposed else value
+
+    def split(self, value: jax.Array) -> list[jax.Array]:
+        """Inverse of `join`."""
+        return self.split_outputs(value.T if self.is_transposed else value)
+
+    def split_outputs(self, y: Float[Array, "*B O"]) -> list[jax.Array]:
+        """Returns the parts of products with the array."""
+        return jnp.split(y, np.cumsum(self.widths[:-1]), axis=-1)
+
+
+class PackedLinear(nnx.Module):
+    """Linear maps of one input as a single product, laid out for few tokens."""
+
+    def __init__(
+        self,
+        kernel: nnx.Param,
+        bias: nnx.Param | None,
+        packing: Packing,
+        dtype: str,
+    ):
+        self.kernel = kernel
+        self.bias = bias
+        self.packing = packing
+        self.dtype = dtype
+
+    @classmethod
+    def of_linears(cls, linears: Sequence[Linear]) -> "PackedLinear":
+        """Returns the maps side by side."""
+        kernels = [linear.kernel for linear in linears]
+        widths = tuple(kernel.shape[1] for kernel in kernels)
+        packing = Packing(widths, is_transposed(kernels[0].shape[0], sum(widths)))
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        bias = _pack_params(biases, Packing(widths, False)) if biases else None
+        return cls(_pack_params(kernels, packing), bias, packing, linears[0].dtype)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the kernel is [out, in]."""
+        return self.packing.is_transposed
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        """Returns all products side by side, in `dtype`."""
+        y = multiply(x.astype(self.dtype), self.kernel[...], self.is_transposed)
+        if self.bias is None:
+            return y
+        return y + jnp.broadcast_to(self.bias[...].astype(self.dtype), y.shape)
+
+
+def is_transposed(num_in: int, num_out: int) -> bool:
+    """Returns whether a kernel is kept as [out, in] for few tokens."""
+    del num_in, num_out
+    return False
+
+
+def multiply(
+    x: Float[Array, "*B I"],
+    kernel: Float[Array, "..."],
+    transposed: bool,
+    out_dtype: jnp.dtype | None = None,
+) -> Float[Array, "*B O"]:
+    """Returns `x @ kernel` in the dtype of `x`, or of `kernel.T` if it is transposed."""
+    kernel = kernel.astype(x.dtype)
+    contracted = (((x.ndim - 1,), (int(transposed),)), ((), ()))
+    return jax.lax.dot_general(x, kernel, contracted, preferred_element_type=out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def multiply_float32(
+    x: Float[Array, "*B I"], kernel: Float[Array, "..."], transposed: bool
+) -> Float[Array, "*B O"]:
+    """Returns `multiply` summed and kept in float32; gradients are in the dtype of `x`.
+
+    Left alone, the result's float32 gradient would be multiplied with a float32 copy of the
+    kernel, at half the speed.
+    """
+    return multiply(x, kernel, transposed, jnp.float32)
+
+
+def _multiply_forward(x, kernel, transposed):
+    return multiply_float32(x, kernel, transposed), (x, kernel)
+
+
+def _multiply_backward(transposed, inputs, gradient):
+    product = functools.partial(multiply, transposed=transposed)
+    return jax.vjp(product, *inputs)[1](gradient.astype(inputs[0].dtype))
+
+
+multiply_float32.defvjp(_multiply_forward, _multiply_backward)
+
+
+def _pack_params(params: Sequence[nnx.Param], packing: Packing) -> nnx.Param:
+    *outer, last = params[0].get_metadata()["logical_axes"]
+    axes = (*outer, last if len(params) == 1 else "packed")
+    return nnx.Param(
+        packing.join([param[...] for param in params]),
+        logical_axes=axes[::-1] if packing.is_transposed else axes,
+        packing=packing,
+    )
+
+
+def pack(owner: nnx.Module, compute: ComputeConfig, *groups: tuple[str, ...]) -> None:
+    """Lays out an owner's projections as `compute.layout` says.
+
+    For decoding, the projections of a group, which read the same input, become one
+    attribute whose name joins theirs by "+". Then read them by `project`.
+    """
+    if compute.layout == "train":
+        return
+    for names in groups:
+        packed = PackedLinear.of_linears([getattr(owner, name) for name in names])
+        for name in names:
+            delattr(owner, name)
+        setattr(owner, "+".join(names), packed)
+
+
+def project(
+    owner: nnx.Module, names: tuple[str, ...], x: Float[Array, "*B I"]
+) -> list[jax.Array]:
+    """Returns the products of x with the projections of one group, in either layout."""
+    packed = getattr(owner, "+".join(names), None)
+    if packed is None:
+        return [getattr(owner, name)(x) for name in names]
+    return packed.packing.split_outputs(packed(x))
+
+
+def project_columns(
+    owner: nnx.Module, names: tuple[str, ...], x: Float[Array, "B L I"]
+) -> list[jax.Array | Columns]:
+    """Returns what `project` does, uncut where one product holds it all."""
+    packed = getattr(owner, "+".join(names), None)
+    if packed is None:
+        return project(owner, names, x)
+    y, widths = packed(x), packed.packing.widths
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    parts = zip(starts, widths, strict=True)
+    return [Columns(y, start, (width,)) for start, width in parts]
+
+
 class Embedding(nnx.Module):
     """Token table [V, D]; with tied embeddings also the language-model head."""
 
@@ -90,6 +267,19 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Returns the normalised input in the dtype of `x`."""
         return rms_norm(x, self.scale[...], self.eps)
+
+    def add(
+        self, x: Float[Array, "B L D"], delta: Float[Array, "B L D"] | None = None
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"]]:
+        """Returns `x + delta`, or `x`, and the norm of it, as one pass over memory.
+
+        What uses `x` afterwards should take the first result, for the backward pass's sake.
+        """
+
+        def run(scale: jax.Array, rows: tuple) -> tuple[jax.Array, jax.Array]:
+            return residual_norm(*rows, scale, eps=self.eps)
+
+        return sharding.by_rows(run, self.scale[...], (x, delta))
 
 
 def rms_norm(

@@ -7,10 +7,21 @@ from jaxtyping import Array, Float, Int
 
 from mil_jax.config import ComputeConfig, ModelConfig
 from mil_jax.models.cache import SSMCache
-from mil_jax.models.layers import Linear, make_param, uniform_init
+from mil_jax.models.layers import (
+    Linear,
+    make_param,
+    pack,
+    project,
+    project_columns,
+    uniform_init,
+)
 from mil_jax.models.ssm import Projected, ScanInputs, SSMMixer, dt_bias_init
 from pallas_kernels.multi_step.api import selective_multi_step
+from pallas_kernels.multi_step.columns import Columns, as_array, by_group
 from pallas_kernels.selective_scan.api import selective_scan
+
+X_Z = ("x_proj", "z_proj")
+DT_B_C = ("dt_down", "B_proj", "C_proj")
 
 
 class MambaMixer(SSMMixer):
@@ -49,6 +60,9 @@ class MambaMixer(SSMMixer):
         self.dt_down = linear((bc_in, r), (bc_axis, "dt_rank"), bc_in**-0.5)
         self.dt_up = linear((r, e), ("dt_rank", "d_inner"), r**-0.5)
         self.out_proj = linear((e, d), ("d_inner", "embed"), e**-0.5)
+        # A hybrid's projections all read the layer's input.
+        groups = (X_Z, DT_B_C) if self.is_pure else (X_Z + DT_B_C,)
+        pack(self, compute, *groups, ("dt_up",), ("out_proj",))
         self.dt_bias = make_param(dt_bias_init, (e,), ("d_inner",), rngs)
         taps = ssm.d_conv
         conv_init = uniform_init(taps**-0.5)
@@ -57,14 +71,15 @@ class MambaMixer(SSMMixer):
         self.A_log = make_param(_A_log_init, (e, n), ("d_inner", "d_state"), rngs)
         self.D = make_param(jax.nn.initializers.ones, (e,), ("d_inner",), rngs)
         self.config = ssm
+        self.conv_group = None if x == e else n
         self.implementation = compute.kernel
 
     def project(self, u: Float[Array, "B L D"]) -> Projected:
         """Returns x, z and, in a hybrid, dt, B and C."""
-        x, z = self.x_proj(u), self.z_proj(u)
         if self.is_pure:
-            return Projected(x, z)
-        return Projected(x, z, *self._dt_B_C(u))
+            return Projected(*project_columns(self, X_Z, u))
+        x, z, *dt_B_C = project_columns(self, X_Z + DT_B_C, u)
+        return Projected(x, z, *self._dt_B_C(*dt_B_C))
 
     def repeat(self, conv_in: Float[Array, "B L X"]) -> Float[Array, "B L E"]:
         """Repeats each group of N channels E / X times, consecutively."""
@@ -81,7 +96,8 @@ class MambaMixer(SSMMixer):
     ) -> ScanInputs:
         """Returns x after the convolution with dt, B and C."""
         if self.is_pure:
-            return ScanInputs(conv_out, *self._dt_B_C(conv_out))
+            dt_B_C = project(self, DT_B_C, conv_out)
+            return ScanInputs(conv_out, *self._dt_B_C(*dt_B_C))
         return ScanInputs(conv_out, projected.dt, projected.B, projected.C)
 
     def scan(
@@ -109,9 +125,11 @@ class MambaMixer(SSMMixer):
     def step(
         self,
         inputs: ScanInputs,
-        z: Float[Array, "B T E"],
+        z: Float[Array, "B T E"] | Columns,
         cache: SSMCache,
         num_pending: Int[Array, "B"],
+        *,
+        commit: bool,
     ) -> tuple[Float[Array, "B T E"], Float[Array, "B E N"]]:
         """Runs the multi-step kernel with skip and gate fused."""
         return selective_multi_step(
@@ -120,12 +138,14 @@ class MambaMixer(SSMMixer):
             num_pending,
             inputs.x,
             inputs.dt,
-            self._A(),
+            self.A_log[...],
             inputs.B,
             inputs.C,
             D=self.D[...],
             z=z,
             dt_bias=self.dt_bias[...],
+            A_is_log=True,
+            commit=commit,
         )
 
     def output(self, y: Float[Array, "B L E"]) -> Float[Array, "B L D"]:
@@ -136,14 +156,13 @@ class MambaMixer(SSMMixer):
         return -jnp.exp(self.A_log[...].astype(jnp.float32))
 
     def _dt_B_C(
-        self, u: Float[Array, "B L I"]
-    ) -> tuple[Float[Array, "B L E"], Float[Array, "B L G N"], Float[Array, "B L G N"]]:
-        dt = self.dt_up(self.dt_down(u))
+        self,
+        dt: Float[Array, "B L R"] | Columns,
+        B: Float[Array, "B L X"] | Columns,
+        C: Float[Array, "B L F"] | Columns,
+    ) -> tuple[Float[Array, "B L E"], Array | Columns, Array | Columns]:
         n = self.config.d_state
-        B, C = (
-            a.reshape(*u.shape[:2], -1, n) for a in (self.B_proj(u), self.C_proj(u))
-        )
-        return dt, B, C
+        return self.dt_up(as_array(dt)), by_group(B, n), by_group(C, n)
 
 
 def _A_log_init(

@@ -1,5 +1,7 @@
 """Mamba-2 mixer (2405.21060) with one group per head, started from attention."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,10 +9,21 @@ from jaxtyping import Array, Float, Int
 
 from mil_jax.config import ComputeConfig, ModelConfig
 from mil_jax.models.cache import SSMCache
-from mil_jax.models.layers import Linear, make_param, rms_norm, uniform_init
+from mil_jax.models.layers import (
+    Linear,
+    make_param,
+    pack,
+    product_of_all,
+    project_columns,
+    uniform_init,
+)
 from mil_jax.models.ssm import Projected, ScanInputs, SSMMixer, dt_bias_init
+from pallas_kernels.gated_norm.api import gated_norm
 from pallas_kernels.multi_step.api import ssd_multi_step
+from pallas_kernels.multi_step.columns import Columns, as_array
 from pallas_kernels.ssd.api import ssd
+
+INPUTS = ("x_proj", "B_proj", "C_proj", "z_proj", "dt_proj")
 
 # Of the gated norm; fixed in the released models.
 GATED_NORM_EPS = 1e-5
@@ -37,6 +50,8 @@ class Mamba2Mixer(SSMMixer):
         self.C_proj = linear((d, e), ("embed", "d_inner"))
         self.dt_proj = linear((d, h), ("embed", "ssm_heads"))
         self.out_proj = linear((e, d), ("d_inner", "embed"))
+        pack(self, compute, INPUTS, ("out_proj",))
+        self.is_packed = compute.layout == "decode"
         taps, channels = ssm.d_conv, 2 * x + e
         conv_init = uniform_init(taps**-0.5)
         self.conv_kernel = make_param(
@@ -48,13 +63,18 @@ class Mamba2Mixer(SSMMixer):
         self.dt_bias = make_param(dt_bias_init, (h,), ("ssm_heads",), rngs)
         self.norm = GatedNorm(e, e // h, rngs=rngs)
         self.config = ssm
+        self.conv_group = None
+        self.conv_splits = (x, x, e)
         self.n_heads, self.n_kv_heads = h, config.n_kv_heads
         self.implementation = compute.kernel
 
     def project(self, u: Float[Array, "B L D"]) -> Projected:
         """Returns [x, B, C] for the convolution, the gate and dt."""
-        xbc = [self.x_proj(u), self.B_proj(u), self.C_proj(u)]
-        conv_in = jnp.concatenate(xbc, axis=-1)
+        if self.is_packed:
+            x, B, C, z, dt = project_columns(self, INPUTS, u)
+            width = x.sizes[0] + B.sizes[0] + C.sizes[0]
+            return Projected(dataclasses.replace(x, sizes=(width,)), z, dt)
+        conv_in = product_of_all(u, self.x_proj, self.B_proj, self.C_proj)
         return Projected(conv_in, self.z_proj(u), self.dt_proj(u))
 
     def repeat(self, conv_in: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
@@ -62,11 +82,15 @@ class Mamba2Mixer(SSMMixer):
         return conv_in
 
     def scan_inputs(
-        self, projected: Projected, conv_out: Float[Array, "B L C"]
+        self,
+        projected: Projected,
+        conv_out: Float[Array, "B L C"] | tuple[Float[Array, "B L ..."], ...],
     ) -> ScanInputs:
-        """Splits the convolution's output into heads of x, B and C."""
+        """Cuts the convolution's output, if it is in one piece, and into heads."""
         x_end = self.config.d_xb
-        parts = jnp.split(conv_out, (x_end, 2 * x_end), axis=-1)
+        parts = conv_out
+        if not isinstance(parts, tuple):
+            parts = jnp.split(parts, (x_end, 2 * x_end), axis=-1)
         heads = (self.n_kv_heads, self.n_kv_heads, self.n_heads)
         x, B, C = (
             part.reshape(*part.shape[:2], count, -1)
@@ -99,9 +123,11 @@ class Mamba2Mixer(SSMMixer):
     def step(
         self,
         inputs: ScanInputs,
-        z: Float[Array, "B T E"],
+        z: Float[Array, "B T E"] | Columns,
         cache: SSMCache,
         num_pending: Int[Array, "B"],
+        *,
+        commit: bool,
     ) -> tuple[Float[Array, "B T E"], Float[Array, "B H N P"]]:
         """Runs the multi-step kernel, then the gated norm."""
         y, state = ssd_multi_step(
@@ -110,12 +136,15 @@ class Mamba2Mixer(SSMMixer):
             num_pending,
             inputs.x,
             inputs.dt,
-            self._A(),
+            self.A_log[...],
             inputs.B,
             inputs.C,
             D=self.D[...],
             dt_bias=self.dt_bias[...],
+            A_is_log=True,
+            commit=commit,
         )
+        z = as_array(z)
         return self.norm(y.reshape(z.shape), z), state
 
     def output(self, y: Float[Array, "B L E"]) -> Float[Array, "B L D"]:
@@ -137,11 +166,8 @@ class GatedNorm(nnx.Module):
         self, y: Float[Array, "B L E"], z: Float[Array, "B L E"]
     ) -> Float[Array, "B L E"]:
         """Returns the gated, normalised output in the dtype of `y`."""
-        gated = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
-        groups = gated.reshape(*gated.shape[:2], -1, self.group)
-        scale = self.scale[...].reshape(1, 1, -1, self.group)
-        normed = rms_norm(groups, scale, GATED_NORM_EPS)
-        return normed.reshape(y.shape).astype(y.dtype)
+        groups = y.shape[-1] // self.group
+        return gated_norm(y, z, self.scale[...], groups=groups, eps=GATED_NORM_EPS)
 
 
 def _A_log_init(

@@ -5,7 +5,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mil_jax.config import ComputeConfig, ModelConfig
-from mil_jax.models.layers import Linear
+from mil_jax.models.layers import Linear, RMSNorm, pack, project
+from pallas_kernels.gated_product import gated_product
+
+GATE_UP = ("gate_proj", "up_proj")
 
 
 class MLP(nnx.Module):
@@ -16,7 +19,17 @@ class MLP(nnx.Module):
         self.gate_proj = Linear((d, f), ("embed", "mlp"), dtype=dtype, rngs=rngs)
         self.up_proj = Linear((d, f), ("embed", "mlp"), dtype=dtype, rngs=rngs)
         self.down_proj = Linear((f, d), ("mlp", "embed"), dtype=dtype, rngs=rngs)
+        pack(self, compute, GATE_UP, ("down_proj",))
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Applies the layer to every token."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(self, GATE_UP, x)
+        return self.down_proj(jax.nn.silu(gate) * up)
+
+    def of_norm(self, h: Float[Array, "B L D"], norm: RMSNorm) -> Float[Array, "B L D"]:
+        """Returns `self(norm(h))`; for decoding, all but the last product in one pass."""
+        packed = getattr(self, "+".join(GATE_UP), None)
+        if packed is None or packed.is_transposed:
+            return self(norm(h))
+        kernel, scale = packed.kernel[...], norm.scale[...]
+        return self.down_proj(gated_product(h, scale, kernel, eps=norm.eps))

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from mil_jax import sharding
 from mil_jax.models.cache import SSMCache, take_rows, write_rows
 from pallas_kernels.causal_conv.api import causal_conv
-from pallas_kernels.multi_step.api import Pending
+from pallas_kernels.multi_step.api import Pending, conv_multi_step
+from pallas_kernels.multi_step.columns import Columns, as_array
 
 # Raw step size of a token that must not touch the state: softplus gives exactly 0.
 NO_STEP = -1e9
@@ -21,20 +23,24 @@ NO_STEP = -1e9
 class Projected(NamedTuple):
     """What a mixer computes from its input before the convolution."""
 
-    conv_in: Float[Array, "B L C"]  # un-repeated input of the convolution
-    z: Float[Array, "B L E"]  # gate, before silu
-    dt: Float[Array, "B L ..."] | None = None  # before bias and softplus
-    B: Float[Array, "B L G N"] | None = None
-    C: Float[Array, "B L G N"] | None = None
+    conv_in: Float[Array, "B L C"] | Columns  # un-repeated input of the convolution
+    z: Float[Array, "B L E"] | Columns  # gate, before silu
+    dt: Float[Array, "B L ..."] | Columns | None = None  # before bias and softplus
+    B: Float[Array, "B L G N"] | Columns | None = None
+    C: Float[Array, "B L G N"] | Columns | None = None
+
+    def arrays(self) -> "Projected":
+        """Returns them cut out of the product that holds them."""
+        return Projected(*map(as_array, self))
 
 
 class ScanInputs(NamedTuple):
     """Inputs of the recurrence, all un-repeated."""
 
     x: Float[Array, "B L ..."]
-    dt: Float[Array, "B L ..."]
-    B: Float[Array, "B L G N"]
-    C: Float[Array, "B L G N"]
+    dt: Float[Array, "B L ..."] | Columns
+    B: Float[Array, "B L G N"] | Columns
+    C: Float[Array, "B L G N"] | Columns
 
 
 class SSMMixer(nnx.Module):
@@ -46,6 +52,10 @@ class SSMMixer(nnx.Module):
 
     conv_kernel: nnx.Param
     conv_bias: nnx.Param
+    # Channels that `repeat` repeats as one; None if it repeats none.
+    conv_group: int | None
+    # Parts of the convolution's output that the recurrence reads; None for one.
+    conv_splits: tuple[int, ...] | None = None
 
     @abc.abstractmethod
     def project(self, u: Float[Array, "B L D"]) -> Projected:
@@ -57,9 +67,11 @@ class SSMMixer(nnx.Module):
 
     @abc.abstractmethod
     def scan_inputs(
-        self, projected: Projected, conv_out: Float[Array, "B L F"]
+        self,
+        projected: Projected,
+        conv_out: Float[Array, "B L F"] | tuple[Float[Array, "B L ..."], ...],
     ) -> ScanInputs:
-        """Returns the recurrence's inputs."""
+        """Returns the recurrence's inputs; the convolution's output may be in parts."""
 
     @abc.abstractmethod
     def scan(
@@ -78,8 +90,13 @@ class SSMMixer(nnx.Module):
         z: Float[Array, "B T E"],
         cache: SSMCache,
         num_pending: Int[Array, "B"],
+        *,
+        commit: bool,
     ) -> tuple[Float[Array, "B T E"], Float[Array, "..."]]:
-        """Replays pending inputs, runs new ones; returns gated outputs and h_j."""
+        """Replays pending inputs, runs new ones; returns gated outputs and h_j.
+
+        Without `commit`, h_i in its place.
+        """
 
     @abc.abstractmethod
     def output(self, y: Float[Array, "B L E"]) -> Float[Array, "B L D"]:
@@ -101,7 +118,8 @@ class SSMMixer(nnx.Module):
             return mixer.scan(inputs, projected.z, None, segment_ids)[0]
 
         # The compiler has no rule for splitting a kernel: it would gather the batch.
-        y = sharding.by_rows(mix, weights, (self.project(u), segment_ids))
+        rows = (self.project(u).arrays(), segment_ids)
+        y = sharding.by_rows(mix, weights, rows)
         return self.output(y)
 
     def prefill(
@@ -114,7 +132,7 @@ class SSMMixer(nnx.Module):
 
         Tokens past `num_tokens` are padding: they leave state and window untouched.
         """
-        projected = self.project(u)
+        projected = self.project(u).arrays()
         conv_out = self._convolve(projected.conv_in, window=cache.window)
         inputs = self.scan_inputs(projected, conv_out)
         is_token = jnp.arange(u.shape[1])[None] < num_tokens[:, None]
@@ -145,24 +163,37 @@ class SSMMixer(nnx.Module):
             Outputs of the new tokens and the cache that holds them as pending.
         """
         projected = self.project(u)
-        width = cache.window.shape[1]
-        seen = jnp.concatenate([cache.window, cache.pending_window], axis=1)
-        window = take_rows(seen, num_pending, width)
-        conv_out = self._convolve(projected.conv_in, window=window)
-        inputs = self.scan_inputs(projected, conv_out)
-        y, state = self.step(inputs, projected.z, cache, num_pending)
-        start = jnp.zeros_like(num_pending) if commit else num_pending
-        pending = Pending(
-            *(
-                write_rows(old, new, start)
-                for old, new in zip(
-                    cache.pending, (inputs.x, inputs.dt, inputs.B), strict=True
-                )
-            )
+        conv_out, window = conv_multi_step(
+            cache.window,
+            _pending_of(projected.conv_in, cache.pending_window, cache),
+            num_pending,
+            projected.conv_in,
+            self.conv_kernel[...],
+            self.conv_bias[...],
+            group=self.conv_group,
+            splits=self.conv_splits,
+            commit=commit,
         )
-        pending_window = write_rows(cache.pending_window, projected.conv_in, start)
-        if not commit:
-            state, window = cache.state, cache.window
+        inputs = self.scan_inputs(projected, conv_out)
+        replayed = Pending(inputs.x, inputs.dt, inputs.B)
+        pairs = zip(replayed, cache.pending, strict=True)
+        old = (_pending_of(*pair, cache) for pair in pairs)
+        y, state = self.step(
+            inputs,
+            projected.z,
+            dataclasses.replace(cache, pending=Pending(*old)),
+            num_pending,
+            commit=commit,
+        )
+        old = (cache.pending_window, cache.pending)
+        new = (_stored(projected.conv_in), Pending(*map(_stored_alone, replayed)))
+        if commit and u.shape[1] == cache.pending_window.shape[1]:
+            # Every slot is written: the new tokens are the pending ones, uncopied.
+            write = _as_stored
+        else:
+            start = jnp.zeros_like(num_pending) if commit else num_pending
+            write = functools.partial(write_rows, start=start)
+        pending_window, pending = jax.tree.map(write, old, new)
         return self.output(y), SSMCache(state, window, pending_window, pending)
 
     def _convolve(
@@ -171,7 +202,7 @@ class SSMMixer(nnx.Module):
         *,
         window: Float[Array, "B V C"] | None = None,
         segment_ids: Int[Array, "B L"] | None = None,
-    ) -> Float[Array, "B L F"]:
+    ) -> Float[Array, "B L F"] | tuple[Float[Array, "B L ..."], ...]:
         return causal_conv(
             self.repeat(conv_in),
             self.conv_kernel[...],
@@ -179,7 +210,31 @@ class SSMMixer(nnx.Module):
             initial_window=None if window is None else self.repeat(window),
             segment_ids=segment_ids,
             activation="silu",
+            splits=self.conv_splits,
         )
+
+
+def _pending_of(
+    new: Array | Columns, old: Array | None, cache: SSMCache
+) -> Array | Columns:
+    """Returns the pending tokens' values that correspond to those of the new ones."""
+    if isinstance(new, Columns):
+        return dataclasses.replace(new, values=cache.pending_window)
+    return old
+
+
+def _stored(new: Array | Columns) -> Array:
+    """What the cache keeps of the convolution's input: the product that holds it."""
+    return new.values if isinstance(new, Columns) else new
+
+
+def _stored_alone(new: Array | Columns) -> Array | None:
+    """What it keeps of another input: nothing where that product holds it as well."""
+    return None if isinstance(new, Columns) else new
+
+
+def _as_stored(old: jax.Array, new: jax.Array) -> jax.Array:
+    return new.astype(old.dtype)
 
 
 def _mask_steps(

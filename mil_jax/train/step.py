@@ -1,5 +1,6 @@
 """The training step: the only place where training is jitted."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -10,12 +11,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from mil_jax import losses, sharding
-from mil_jax.config import StageConfig
+from mil_jax.config import ComputeConfig, StageConfig
 from mil_jax.models.decoder import Blueprint, HybridLM
 from mil_jax.train.state import TrainState, Weights
 
 Batch = Mapping[str, jax.Array]
-Metrics = dict[str, Float[Array, ""]]
+Metrics = losses.Metrics
 
 # (weights, teacher's weights, batch, the whole batch's counts) -> (loss, metrics)
 LossFn = Callable[
@@ -24,6 +25,15 @@ LossFn = Callable[
 TrainStep = Callable[
     [TrainState, Weights, Weights | None, Batch], tuple[TrainState, Metrics]
 ]
+
+
+def reference_compute(compute: ComputeConfig, mesh: Mesh) -> ComputeConfig:
+    """Returns how a teacher runs beside a student that runs as `compute` says.
+
+    It is only read, so on one device its projections of one input lie side by side.
+    """
+    layout = "decode" if mesh.size == 1 else compute.layout
+    return dataclasses.replace(compute, remat=False, layout=layout)
 
 
 def make_loss_fn(
@@ -45,32 +55,34 @@ def make_loss_fn(
     ) -> tuple[jax.Array, Metrics]:
         labels, mask = next_token_targets(batch, stage.loss_on)
         segments = batch["segment_ids"] if stage.packed else None
-        model = student.model(weights)
+        model = student.model(student.cast_kernels(weights))
         hidden = model.hidden(batch["tokens"], segments)
         if not stage.kl_weight:
-            nll = losses.token_nll(model.logits, hidden, labels, chunk=stage.loss_chunk)
-            kl = None
+            per_token = losses.nll_of_slice(model.logits)
+            arrays = (hidden, labels)
         else:
             other = teacher.model(teacher_weights)
             other_hidden = jax.lax.stop_gradient(
                 other.hidden(batch["tokens"], segments)
             )
-            nll, kl = losses.token_nll_and_kl(
-                model.logits,
-                hidden,
-                other.logits,
-                other_hidden,
-                labels,
-                chunk=stage.loss_chunk,
+            per_token = losses.nll_and_kl_of_slice(model.logits, other.logits)
+            arrays = (hidden, other_hidden, labels)
+
+        def reduce(
+            nll: jax.Array, kl: jax.Array | None = None
+        ) -> tuple[jax.Array, Metrics]:
+            return losses.distill_loss(
+                nll,
+                kl,
+                mask,
+                ce_weight=stage.ce_weight,
+                kl_weight=stage.kl_weight,
+                kl_reduction=stage.kl_reduction,
+                counts=counts,
             )
-        return losses.distill_loss(
-            nll,
-            kl,
-            mask,
-            ce_weight=stage.ce_weight,
-            kl_weight=stage.kl_weight,
-            kl_reduction=stage.kl_reduction,
-            counts=counts,
+
+        return losses.reduce_over_chunks(
+            per_token, reduce, arrays, chunk=stage.loss_chunk
         )
 
     def preference_loss(
@@ -80,7 +92,8 @@ def make_loss_fn(
         counts: losses.Counts,
     ) -> tuple[jax.Array, Metrics]:
         both = join_pairs(batch)
-        policy = answer_log_probs(student.model(weights), both, stage.loss_chunk)
+        model = student.model(student.cast_kernels(weights))
+        policy = answer_log_probs(model, both, stage.loss_chunk)
         reference = jax.lax.stop_gradient(
             answer_log_probs(teacher.model(reference_weights), both, stage.loss_chunk)
         )
@@ -172,6 +185,9 @@ def make_train_step(
         return jax.lax.scan(add, zeros, micros)[0]
 
     kept = {}
+    if jax.default_backend() == "gpu":
+        # Merging products of one input costs copies of their weights and of the results.
+        kept["compiler_options"] = {"xla_gpu_dot_merger_threshold_mb": 0}
     if like is not None:
         kept["out_shardings"] = (jax.tree.map(lambda leaf: leaf.sharding, like), None)
 

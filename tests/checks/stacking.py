@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mil_jax.config import ComputeConfig
@@ -52,6 +54,24 @@ def check_scan_and_remat(kind, first, second):
     for value, grads in results:
         assert_close(value, expected, atol=1e-3)
         assert_trees_close(grads, results[0][1], rtol=1e-3)
+
+
+def check_products_are_kept(kind):
+    """Remat that keeps products repeats fewer of them than one that keeps nothing."""
+
+    def count(keeps):
+        compute = {"remat": True, "remat_keeps": keeps}
+        model = tiny.build(config(kind), params(kind), **compute)
+        positions = jnp.arange(8, dtype=jnp.int32)[None]
+
+        def loss(hidden):
+            return jnp.sum(model.layers(hidden, positions, None))
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(model.embed(tiny.tokens(1, 8)))
+        return str(jaxpr).count(" dot_general[")
+
+    # Of each layer at least the feed-forward's two.
+    assert count("products") <= count("nothing") - 2 * 2
 
 
 def check_unstack(scan):

@@ -134,7 +134,10 @@ def gradient_function(config, compute):
 def fresh_traces():
     """Forgets compiled programs before and after, so that a patched function is used."""
     programs = (forward, prefill, decode)
-    programs += tuple(f for m in (plain, speculative) for f in (m._start, m.advance))
+    programs += (plain._start, plain.advance)
+    programs += (decoder._prefill_layer, decoder._decode_layer)
+    programs += (speculative._start, speculative._advance)
+    programs += (speculative._commit, speculative._catch_up)
 
     def forget():
         gradient_function.cache_clear()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -19,7 +20,7 @@ from mil_jax.checkpoint import models, orbax_io
 from mil_jax.data.chat import encode_prompt, load_tokenizer
 from mil_jax.errors import UserError
 from mil_jax.generate import __main__ as command
-from mil_jax.generate import decode, engine, files
+from mil_jax.generate import decode, draft_vocab, engine, files
 from mil_jax.generate.plan import Options, make_plan
 from mil_jax.generate.sampler import Sampling
 
@@ -140,9 +141,9 @@ def expected(folder, tokenizer, prompts, count=24, **kwargs):
 
 
 class TestPrompt:
-    @pytest.mark.parametrize("with_draft", [False, True])
+    @pytest.mark.parametrize("k", [None, "3", "auto"])
     def test_prints_the_text_and_nothing_else(
-        self, folder, tokenizer, capfd, monkeypatch, with_draft
+        self, folder, tokenizer, capfd, monkeypatch, k
     ):
         monkeypatch.setattr(command, "STREAM_BLOCK", 3)
         pieces = []
@@ -152,13 +153,27 @@ class TestPrompt:
             lambda *a, **k: (pieces.append(a), print(*a, **k)),
             raising=False,
         )
-        more = [f"--draft={folder}/draft", "--k=3"] if with_draft else []
+        more = [f"--draft={folder}/draft", f"--k={k}"] if k else []
         args = (f"--model={folder}/model", f"--prompt={PROMPTS[0]}")
         assert run(*args, "--max_new_tokens=24", *more) == 0
         (tokens,) = expected(folder, tokenizer, PROMPTS[:1])
         printed = capfd.readouterr().out
         assert printed == engine.text_of(tokenizer, tokens) + "\n"
         assert len([piece for piece in pieces if piece and piece[0]]) > 2
+
+    def test_a_draft_that_proposes_some_tokens_only(self, folder, tokenizer, tmp_path):
+        """What it may propose is read beside it; answers stay the model's."""
+        draft = tmp_path / "draft"
+        shutil.copytree(folder / "draft", draft)
+        (tokens,) = expected(folder, tokenizer, PROMPTS[:1])
+        counts = draft_vocab.count([tokens, tokens[:3]], CONFIG.vocab_size)
+        draft_vocab.save(draft, draft_vocab.choose(counts, 8, always=(5,)))
+        plan = make_plan(Options(f"{folder}/model", str(draft), k=2, max_new_tokens=24))
+        assert plan.draft_vocab.size == 8
+        assert 5 in plan.draft_vocab
+        running = engine.load(plan)
+        (answer,) = running.answer([plan.encode(PROMPTS[0])], [0])
+        assert answer.text == engine.text_of(tokenizer, tokens)
 
     def test_stop_string_across_tokens(self, folder, tokenizer, capfd, monkeypatch):
         """Of two tokens, in different blocks: no part of it is ever printed."""
@@ -413,6 +428,7 @@ class TestRefused:
             (("--model=m", "--prompt=a", "--output=b"), "--input and --output belong"),
             (("--model=m", "--prompt=a", "--k=2"), "--k needs --draft"),
             (("--model=m", "--prompt=a", "--draft=d", "--k=0"), "k is 0; it must be"),
+            (("--model=m", "--prompt=a", "--draft=d", "--k=a"), "--k is 'a'; give a"),
             (("--model=m", "--prompt=a", "--max_new_tokens=0"), "max_new_tokens is 0"),
             (("--model=m", "--prompt=a", "--max_length=0"), "max_length is 0"),
             (("--model=m", "--prompt=a", "--stop="), "a stop string is empty"),
@@ -456,6 +472,31 @@ class TestRefused:
         file.write_text(text.replace('"<|system|>"', '"<|tool|>"'))
         message = refused(f"--model={folder}/model", f"--draft={draft}", "--prompt=Hi")
         assert message.startswith(f"the draft {draft} has another tokenizer")
+
+    def test_more_drafts_than_the_kernel_takes(self, folder):
+        models = (f"--model={folder}/model", f"--draft={folder}/draft", "--prompt=Hi")
+        assert "take at most 19 draft tokens a step" in refused(*models, "--k=20")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"no array", "is damaged"),
+            (np.array([3, 512]), "holds token 512; the model has 512 tokens"),
+            (np.array([3, 3]), "does not hold tokens, each once"),
+            (np.array([[3, 4]]), "does not hold tokens, each once"),
+            (np.array([0.5]), "does not hold tokens, each once"),
+        ],
+    )
+    def test_wrong_tokens_of_a_draft(self, folder, tmp_path, content, message):
+        draft = tmp_path / "draft"
+        shutil.copytree(folder / "draft", draft)
+        file = draft / draft_vocab.FILE
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            np.save(file, content)
+        args = (f"--model={folder}/model", f"--draft={draft}", "--prompt=Hi")
+        assert message in refused(*args)
 
     def test_no_tokenizer(self, folder):
         message = refused(f"--model={folder}/same", "--prompt=Hi")

@@ -87,10 +87,13 @@ def test_rows_do_not_see_each_other():
     assert stats.steps[2] == other_stats.steps[2]
 
 
-def test_sampled_answers_follow_the_target():
+@pytest.mark.parametrize("vocab", [None, (0, 2, 3, 5)])
+def test_sampled_answers_follow_the_target(vocab):
     """Second and third tokens, which speculation makes, of many rows."""
     target, reference = sampling.small("mamba")
     draft, _ = sampling.small("mamba2")
+    if vocab is not None:
+        draft = draft.with_vocab(vocab)
     how = Sampling(temperature=1.2, top_k=4)
     answers, stats = speculative.generate(
         target,
@@ -131,6 +134,10 @@ def test_wrong_requests_are_refused():
         speculative.generate(target, other, [[1]], k=2, max_new_tokens=4)
     with pytest.raises(UserError, match="k is 0"):
         speculative.generate(target, target, [[1]], k=0, max_new_tokens=4)
+    hybrid, k = tiny.model("mamba"), speculative.MAX_K + 1
+    for models in ((hybrid, target), (target, hybrid)):
+        with pytest.raises(UserError, match=f"k is {k}; state-space layers take at"):
+            speculative.generate(*models, [[1]], k=k, max_new_tokens=4)
     for prompts, message in (([], "no prompt"), ([[1], []], "prompt 1 is empty")):
         with pytest.raises(UserError, match=message):
             speculative.generate(target, target, prompts, k=2, max_new_tokens=4)

@@ -1,6 +1,5 @@
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import tiny
@@ -9,23 +8,6 @@ from mil_jax.config import ComputeConfig
 from mil_jax.models import attention
 
 pytestmark = pytest.mark.usefixtures("strict_jax")
-
-
-def test_attend_by_hand():
-    """Two query heads share one kv head; scores of 0 and ln 3 weigh 1 to 3."""
-    q = jnp.array([[[[1.0, 0.0], [0.0, 0.0]]]])
-    k = jnp.array([[[[0.0, 5.0]], [[np.log(3) * np.sqrt(2), 0.0]], [[99.0, 99.0]]]])
-    v = jnp.array([[[[4.0, 0.0]], [[0.0, 8.0]], [[1e6, 1e6]]]])
-    visible = jnp.array([[[True, True, False]]])
-    actual = attention.attend(q, k, v, visible)
-    np.testing.assert_allclose(actual, [[[[1.0, 6.0], [2.0, 4.0]]]], rtol=1e-5)
-
-
-def test_query_heads_read_their_own_kv_head():
-    q = jnp.ones((1, 1, 4, 2))
-    v = jnp.array([[[[1.0, 1.0], [2.0, 2.0]]]])
-    actual = attention.attend(q, jnp.ones((1, 1, 2, 2)), v, jnp.ones((1, 1, 1), bool))
-    np.testing.assert_array_equal(actual[0, 0, :, 0], [1.0, 1.0, 2.0, 2.0])
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 13, 14, 100])

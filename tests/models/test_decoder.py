@@ -68,10 +68,21 @@ def test_decoding_without_commit(kind):
             marks=pytest.mark.slow,
         ),
         ("mamba2", {"scan_layers": True}, {"scan_layers": False, "remat": True}),
+        pytest.param(
+            "mamba2",
+            {"remat": True, "remat_keeps": "products"},
+            {"remat": True, "remat_keeps": "nothing"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_scanned_and_rematerialised_layers_are_the_layers(kind, first, second):
     stacking.check_scan_and_remat(kind, first, second)
+
+
+@pytest.mark.parametrize("kind", ["attention", "mamba", "mamba2"])
+def test_remat_keeps_products(kind):
+    stacking.check_products_are_kept(kind)
 
 
 def test_one_scanned_kind_is_the_formula():
