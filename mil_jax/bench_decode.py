@@ -6,7 +6,8 @@ python -m mil_jax.bench_decode --shape llama3_8b --mixer mamba --attention 0.5 \
 
 Random weights never agree, so drafts are accepted by lot: drafting and verification run in
 full, but each draft passes with the probability that gives --tokens-per-step. Everything
-else of the loop is the one that `mil_jax.generate` runs.
+else of the loop is the one that `mil_jax.generate` runs. Times do not depend on what a cache
+holds, so the prompt is not read unless --read or --prefill-only ask for it.
 """
 
 import argparse
@@ -40,6 +41,18 @@ from mil_jax.models.decoder import (
 )
 
 REPETITIONS = 3
+# Fields that name a row of the results.
+KEY = (
+    "model",
+    "mode",
+    "batch",
+    "prompt",
+    "k",
+    "draft",
+    "tokens_per_step",
+    "dtype",
+    "chunk",
+)
 _STARTED = time.perf_counter()
 
 
@@ -50,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(row)
         # At once: what follows may be killed.
         if args.out:
-            key = ("model", "mode", "batch", "prompt", "k", "draft")
-            benchmarking.record(Path(args.out), row, key)
+            benchmarking.record(Path(args.out), row, KEY)
     return 0
 
 
@@ -67,8 +79,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=1)
     add("--tokens", type=int, default=64, help="tokens of the shorter timed run")
     add("--chunk", type=int, help="positions of a prompt that are read at a time")
-    add("--read", action="store_true", help="read the prompt; else a cache of zeros")
-    add("--blank", action="store_true", help="as without --read")
+    add("--read", action="store_true", help="read the prompt; else random values")
     add(
         "--k", type=int, default=4, help="drafts of a step; 0 times plain decoding only"
     )
@@ -85,6 +96,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prefill-only", action="store_true", help="time the prompt alone")
     add("--out", help="JSON file that gets the rows")
     args = parser.parse_args(argv)
+    depth = shapes.SHAPES[args.shape].n_layers
+    if args.k and not args.draft_shape and not 1 <= args.draft_layers <= depth:
+        parser.error(f"--draft-layers is {args.draft_layers}; {args.shape} has {depth}")
     if args.k and not 1 <= args.tokens_per_step <= args.k + 1:
         parser.error(f"--tokens-per-step is {args.tokens_per_step}; k gives 1 to k + 1")
     return args
@@ -161,6 +175,10 @@ class Bench:
             "batch": args.batch,
             "prompt": args.prompt,
             "draft": None,
+            "tokens_per_step": None,
+            "dtype": args.dtype,
+            "chunk": args.chunk,
+            "cache": "read" if args.read else "random",
         }
         if args.prefill_only:
             ms = self.time_prefill()
@@ -202,20 +220,20 @@ class Bench:
 
     def time_plain(self) -> float:
         """Returns the milliseconds of a plain step."""
-        state = self.start() if self.args.read else self.blank(self.target, 1)
+        state = self.start() if self.args.read else self.unread(self.target, 1)
         advance = functools.partial(decode.advance, self.target)
         return time_loop(state, advance, self.args.tokens)[0]
 
-    def blank(self, model: Frozen, max_step: int) -> decode.State:
+    def unread(self, model: Frozen, max_step: int) -> decode.State:
         """Returns a state as after the prompts, of which nothing was read."""
-        return _blank_state(
+        return _random_state(
             model, *self.prompts.shape, max_step, max_new_tokens=self.max_new_tokens
         )
 
-    def blank_speculative(self) -> speculative.State:
+    def unread_speculative(self) -> speculative.State:
         """Returns a state for speculation, the prompts unread: times are the same."""
         k = self.args.k
-        state, draft = self.blank(self.target, k + 1), self.blank(self.draft, k + 1)
+        state, draft = self.unread(self.target, k + 1), self.unread(self.draft, k + 1)
         behind = dataclasses.replace(draft.cache, lengths=draft.cache.lengths - 1)
         tokens = jnp.pad(state.tokens, ((0, 0), (0, k + 1)))
         counts = [jnp.zeros((k,), jnp.int32) for _ in range(2)]
@@ -251,7 +269,7 @@ class Bench:
             speculative.advance, self.target, self.draft, verify=verify
         )
         count = max(args.tokens // 3, 1)
-        step_ms, state = time_loop(self.blank_speculative(), advance, count)
+        step_ms, state = time_loop(self.unread_speculative(), advance, count)
         drawn = speculative.stats(state).tokens_per_step
         # The share of accepted drafts hardly changes a step's time, so the asked mean counts,
         # not what was drawn in these few steps.
@@ -299,7 +317,7 @@ class Bench:
         times = []
         # Programs are compiled in the first run.
         for _ in range(REPETITIONS):
-            state = self.blank_speculative()
+            state = self.unread_speculative()
             # A row of which only so many tokens are wanted.
             start = jnp.full_like(state.lengths, self.max_new_tokens - count)
             state = dataclasses.replace(state, lengths=start)
@@ -339,7 +357,7 @@ class Bench:
                 tokens, _, cache = speculative.propose(
                     thaw(model), state.keys, last, cache, k, Sampling()
                 )
-                return cache.keep(zeros), tokens[:, -2:]
+                return cache.keep(zeros), jnp.concatenate([last, tokens], 1)[:, -2:]
 
             return jax.lax.fori_loop(0, count, body, (cache, last_two))
 
@@ -440,7 +458,7 @@ def lot(
 @functools.partial(
     jax.jit, static_argnames=("batch", "prompt", "max_step", "max_new_tokens")
 )
-def _blank_state(
+def _random_state(
     model: Frozen, batch: int, prompt: int, max_step: int, *, max_new_tokens: int
 ) -> decode.State:
     # Room for a draft that catches up, too.
@@ -448,6 +466,12 @@ def _blank_state(
     cache = init_cache(
         model.config, model.compute, batch=batch, max_length=length, max_step=max_step
     )
+    empty, tree = jax.tree.flatten(cache.layers)
+    # Zeros would be kinder to the device than what a prompt leaves behind.
+    filled = [
+        jax.random.normal(jax.random.key(i), leaf.shape, leaf.dtype)
+        for i, leaf in enumerate(empty)
+    ]
     zeros = jnp.zeros((batch,), jnp.int32)
     return decode.State(
         tokens=jnp.zeros((batch, max_new_tokens), jnp.int32),
@@ -456,7 +480,9 @@ def _blank_state(
         last=zeros,
         step=jnp.int32(1),
         keys=jax.vmap(jax.random.key)(jnp.arange(batch)),
-        cache=dataclasses.replace(cache, lengths=zeros + prompt),
+        cache=dataclasses.replace(
+            cache, layers=tree.unflatten(filled), lengths=zeros + prompt
+        ),
         sampling=Sampling(),
         eos_ids=(),
     )

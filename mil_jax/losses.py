@@ -178,12 +178,13 @@ def _values_and_gradients(pure, reduce, arrays, weights, moved, chunk):
         sums = [a + b for a, b in zip(sums, of_weights, strict=True)]
         return sums, (list(values), of_slices)
 
-    start = [
-        jnp.zeros_like(w) for w, m in zip(weights, moved[num_arrays:], strict=True) if m
-    ]
+    moved_weights = [w for w, m in zip(weights, moved[num_arrays:], strict=True) if m]
+    # In float32: sums of many slices would lose what a single one adds.
+    start = [jnp.zeros(w.shape, jnp.float32) for w in moved_weights]
     sums, (values, of_slices) = jax.lax.scan(turn, start, (parts, sent_back))
     of_arrays = [_take(_join(part, length), back) for part in of_slices]
-    found = iter([*of_arrays, *sums])
+    of_weights = [a.astype(w.dtype) for a, w in zip(sums, moved_weights, strict=True)]
+    found = iter([*of_arrays, *of_weights])
     gradients = [next(found) if m else None for m in moved]
     values = tuple(_take(_join(value, length), back) for value in values)
     return values, (tuple(gradients[:num_arrays]), gradients[num_arrays:])
@@ -230,20 +231,6 @@ def token_nll(
 ) -> Float[Array, "B L"]:
     """Returns the cross-entropy of every token, in nats, from hidden states."""
     return over_chunks(nll_of_slice(head), (hidden, labels), chunk=chunk)[0]
-
-
-def token_nll_and_kl(
-    student_head: Head,
-    student_hidden: Float[Array, "B L D"],
-    teacher_head: Head,
-    teacher_hidden: Float[Array, "B L F"],
-    labels: Int[Array, "B L"],
-    *,
-    chunk: int = 512,
-) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
-    """Returns each token's cross-entropy and its KL from the teacher, in nats."""
-    per_token = nll_and_kl_of_slice(student_head, teacher_head)
-    return over_chunks(per_token, (student_hidden, teacher_hidden, labels), chunk=chunk)
 
 
 class Counts(NamedTuple):

@@ -41,7 +41,7 @@ from mil_jax.data.chat import Tokenizer, encode_prompt, load_tokenizer
 from mil_jax.data.sources import conversations
 from mil_jax.data.types import Conversation
 from mil_jax.errors import UserError
-from mil_jax.generate import decode, draft_vocab
+from mil_jax.generate import decode, draft_vocab, speculative
 from mil_jax.models import decoder
 from mil_jax.models.decoder import HybridLM
 from mil_jax.train.stages import run_stage
@@ -84,6 +84,8 @@ def main(argv: Sequence[str]) -> None:
         return
     targets = [_parse_target(name) for name in _TARGETS.value]
     drafts, ks = _integers(_DRAFTS), _integers(_KS)
+    if not ks or min(ks) < 1 or max(ks) > speculative.MAX_K:
+        raise UserError(f"--ks has {ks}; each must be 1 to {speculative.MAX_K}")
     grid = list(itertools.product(ks, _temperatures()))
     world = _prepare()
     teacher = _run(world.config("pretrain"), world.folder / "teacher")
@@ -409,7 +411,7 @@ def measure(
     if not wanted and not results.missing([quality]):
         return
     chats = conversations(str(world.file("held_out")))
-    chats = [chats[i] for i in range(min(len(chats), 256))]
+    chats = [chats[i] for i in range(min(len(chats), max(256, _PROMPTS.value)))]
     prompts = [encode_prompt(world.tokenizer, c[:-1]) for c in chats[: _PROMPTS.value]]
     stage = world.config("evaluate").stage
     limit = stage.max_new_tokens

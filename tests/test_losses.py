@@ -133,14 +133,10 @@ def _inputs(length=LENGTH):
 
 def _chunked_sum(hidden, other, heads, labels, chunk):
     """Returns a sum in which every token's nll and kl has its own weight."""
-    nll, kl = losses.token_nll_and_kl(
-        lambda h: h @ heads[0],
-        hidden,
-        lambda h: h @ heads[1],
-        other,
-        labels,
-        chunk=chunk,
+    per_token = losses.nll_and_kl_of_slice(
+        lambda h: h @ heads[0], lambda h: h @ heads[1]
     )
+    nll, kl = losses.over_chunks(per_token, (hidden, other, labels), chunk=chunk)
     weights = 1 + jnp.arange(nll.size, dtype=jnp.float32).reshape(nll.shape)
     return jnp.sum(nll * weights) + jnp.sum(kl * weights[::-1]), (nll, kl)
 

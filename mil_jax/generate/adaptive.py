@@ -6,6 +6,8 @@ from typing import Any, Protocol, TypeVar
 import jax
 import numpy as np
 
+from mil_jax.errors import UserError
+
 S = TypeVar("S")
 
 # Steps after which what was observed counts for half.
@@ -41,6 +43,8 @@ class Chooser:
 
         Each is a program of its own, compiled when it is first chosen.
         """
+        if k_max < 1 or not all(1 <= k <= k_max for k in choices or (1,)):
+            raise UserError(f"cannot choose K among {choices} of at most {k_max}")
         powers = {2**i for i in range(k_max.bit_length()) if 2**i <= k_max}
         self.choices = tuple(sorted(set(choices or powers | {k_max})))
         self.k_max = k_max
@@ -70,8 +74,9 @@ class Chooser:
         after = _counts(state)
         seconds = time.perf_counter() - start
         steps = int(after["step"] - before["step"])
-        # Compilation and catching up are no part of a step.
-        key = (k, after["shape"])
+        # Compilation and catching up are no part of a step. What is compiled depends on
+        # the width of the prompts too, which the caches tell.
+        key = (k, tuple(np.shape(leaf) for leaf in jax.tree.leaves(state)))
         if key in self._is_compiled and not (k and was_behind) and steps:
             self._note_time(k, 1e3 * seconds / steps)
         self._is_compiled.add(key)
@@ -158,7 +163,6 @@ class Chooser:
 
 def _counts(state: Any) -> dict[str, Any]:
     """Returns what the host needs to know, once the device is done."""
-    found = jax.device_get(
+    return jax.device_get(
         {name: getattr(state, name) for name in ("step", "accepted_at", "tried_at")}
     )
-    return found | {"shape": state.tokens.shape}

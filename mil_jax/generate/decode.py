@@ -269,9 +269,10 @@ def _start(
     sampling: Sampling,
     eos_ids: tuple[int, ...],
 ) -> State:
-    batch = prompts.shape[0]
+    batch, model = prompts.shape[0], thaw(model)
+    model.check_whole_head()
     cache = init_cache(model.config, model.compute, batch=batch, max_length=capacity)
-    logits, cache = thaw(model).prefill(prompts, prompt_lengths, cache, chunk=chunk)
+    logits, cache = model.prefill(prompts, prompt_lengths, cache, chunk=chunk)
     first = sample(fold_in_rows(keys, 0), logits, sampling)
     return State(
         tokens=jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(first),

@@ -59,8 +59,10 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("k", "max_new_tokens", "max_length"):
             value = getattr(self, name)
-            if value not in (None, AUTO) and value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
+            may_be = {"k": AUTO, "max_length": None}.get(name, 1)
+            if value != may_be and not (isinstance(value, int) and value >= 1):
+                also = f' or "{AUTO}"' if name == "k" else ""
+                raise UserError(f"{name} is {value}; it must be at least 1{also}")
         if "" in self.stop:
             raise UserError("a stop string is empty; give at least one character")
         if self.chat is False and self.system is not None:

@@ -410,6 +410,7 @@ def _start(
 ) -> State:
     batch = prompts.shape[0]
     target, draft = thaw(target), thaw(draft)
+    target.check_whole_head()
     sizes = {"batch": batch, "max_length": capacity, "max_step": k + 1}
     target_cache = init_cache(target.config, target.compute, **sizes)
     sizes["max_length"] += CATCH_UP

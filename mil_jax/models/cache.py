@@ -70,7 +70,7 @@ class HybridCache:
         return dataclasses.replace(self, lengths=lengths, num_pending=num_tokens)
 
     def with_max_step(self, max_step: int) -> "HybridCache":
-        """Returns the cache with room for so many pending tokens, not less than it has."""
+        """Returns the cache with room for so many tokens, at least those now pending."""
         resized = [
             layer
             if isinstance(layer, KVCache)

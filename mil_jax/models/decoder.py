@@ -279,8 +279,22 @@ class HybridLM(nnx.Module):
         """Returns the model with a head for these tokens only, which is read faster.
 
         It reads all tokens, but its `logits` are of those, in their order: see `token_ids`
-        and `all_logits`. The rest of the weights is shared.
+        and `all_logits`. The rest of the weights is shared. Such a model can only draft.
+
+        Raises:
+            UserError: No token, one twice, one that the model does not have, or a model
+                whose head was reduced before.
         """
+        ids = np.asarray(ids)
+        if self.vocab is not None:
+            raise UserError(
+                "this model's head was reduced before; reduce the whole one"
+            )
+        is_known = ids.size and ids.min() >= 0 and ids.max() < self.config.vocab_size
+        if not is_known or np.unique(ids).size < ids.size:
+            raise UserError(
+                f"a reduced head needs tokens below {self.config.vocab_size}, each once"
+            )
         model = nnx.merge(*nnx.split(self))
         kernel = self.embed.embedding[...]
         packing = Packing((len(ids),), True)
@@ -295,6 +309,17 @@ class HybridLM(nnx.Module):
         model.lm_head = nnx.data(head)
         model.vocab = nnx.data(nnx.Variable(jnp.asarray(ids, jnp.int32)))
         return model
+
+    def check_whole_head(self) -> None:
+        """Checks that the model can answer itself.
+
+        Raises:
+            UserError: Its head was reduced.
+        """
+        if self.vocab is not None:
+            raise UserError(
+                "a model with a reduced head can only draft; decode with the whole one"
+            )
 
     def token_ids(self, index: Int[Array, "*B"]) -> Int[Array, "*B"]:
         """Returns the tokens at these places of `logits`."""

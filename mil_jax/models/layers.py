@@ -90,11 +90,11 @@ class Packing:
 
     Attributes:
         widths: Of the outputs that lie side by side.
-        is_transposed: Whether it is kept as [out, in].
+        is_transposed: Whether it is kept as [out, in], as tied embeddings are.
     """
 
     widths: tuple[int, ...]
-    is_transposed: bool
+    is_transposed: bool = False
 
     def part_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Returns the parts' shapes for the array's."""
@@ -135,9 +135,9 @@ class PackedLinear(nnx.Module):
         """Returns the maps side by side."""
         kernels = [linear.kernel for linear in linears]
         widths = tuple(kernel.shape[1] for kernel in kernels)
-        packing = Packing(widths, is_transposed(kernels[0].shape[0], sum(widths)))
+        packing = Packing(widths)
         biases = [linear.bias for linear in linears if linear.bias is not None]
-        bias = _pack_params(biases, Packing(widths, False)) if biases else None
+        bias = _pack_params(biases, Packing(widths)) if biases else None
         return cls(_pack_params(kernels, packing), bias, packing, linears[0].dtype)
 
     @property
@@ -151,12 +151,6 @@ class PackedLinear(nnx.Module):
         if self.bias is None:
             return y
         return y + jnp.broadcast_to(self.bias[...].astype(self.dtype), y.shape)
-
-
-def is_transposed(num_in: int, num_out: int) -> bool:
-    """Returns whether a kernel is kept as [out, in] for few tokens."""
-    del num_in, num_out
-    return False
 
 
 def multiply(
@@ -200,7 +194,7 @@ def _pack_params(params: Sequence[nnx.Param], packing: Packing) -> nnx.Param:
     axes = (*outer, last if len(params) == 1 else "packed")
     return nnx.Param(
         packing.join([param[...] for param in params]),
-        logical_axes=axes[::-1] if packing.is_transposed else axes,
+        logical_axes=axes,
         packing=packing,
     )
 

@@ -84,17 +84,13 @@ class Mamba2Mixer(SSMMixer):
     def scan_inputs(
         self,
         projected: Projected,
-        conv_out: Float[Array, "B L C"] | tuple[Float[Array, "B L ..."], ...],
+        conv_out: tuple[Float[Array, "B L ..."], ...],
     ) -> ScanInputs:
-        """Cuts the convolution's output, if it is in one piece, and into heads."""
-        x_end = self.config.d_xb
-        parts = conv_out
-        if not isinstance(parts, tuple):
-            parts = jnp.split(parts, (x_end, 2 * x_end), axis=-1)
+        """Cuts the parts of the convolution's output into heads."""
         heads = (self.n_kv_heads, self.n_kv_heads, self.n_heads)
         x, B, C = (
             part.reshape(*part.shape[:2], count, -1)
-            for part, count in zip(parts, heads, strict=True)
+            for part, count in zip(conv_out, heads, strict=True)
         )
         return ScanInputs(x, projected.dt, B, C)
 

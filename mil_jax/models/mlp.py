@@ -29,7 +29,7 @@ class MLP(nnx.Module):
     def of_norm(self, h: Float[Array, "B L D"], norm: RMSNorm) -> Float[Array, "B L D"]:
         """Returns `self(norm(h))`; for decoding, all but the last product in one pass."""
         packed = getattr(self, "+".join(GATE_UP), None)
-        if packed is None or packed.is_transposed:
+        if packed is None:
             return self(norm(h))
         kernel, scale = packed.kernel[...], norm.scale[...]
         return self.down_proj(gated_product(h, scale, kernel, eps=norm.eps))

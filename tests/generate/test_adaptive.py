@@ -2,16 +2,19 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from checks import generation, tiny
 
+from mil_jax.errors import UserError
 from mil_jax.generate import adaptive, decode, speculative
 from mil_jax.generate.adaptive import Chooser
 
 PLAIN, DRAFT, HOST = 4.0, 0.4, 0.3  # Milliseconds of a step, a draft, a block.
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Fake:
     """A state as far as a chooser looks at it."""
@@ -20,7 +23,8 @@ class Fake:
     accepted_at: np.ndarray
     tried_at: np.ndarray
     tokens: np.ndarray
-    is_behind: bool = False
+    cache: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((1, 9)))
+    is_behind: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 class World:
@@ -55,6 +59,26 @@ class World:
         while self.made - made < tokens:
             self.state = chooser.run(self.advance, self.state)
         return (self.now - before) / (self.made - made)
+
+
+def test_compilation_for_another_width_is_not_counted(monkeypatch):
+    world, chooser = World(monkeypatch, lambda made: 0.9), Chooser(4)
+    world.run(chooser, 400)
+    before = dict(chooser.milliseconds)
+    slow = dataclasses.replace(world.state, cache=np.zeros((1, 99)))
+
+    def compiling(state, num_steps, *, k):
+        world.now += 5e3
+        return world.advance(state, num_steps, k=k)
+
+    chooser.run(compiling, slow)
+    assert chooser.milliseconds == before
+
+
+@pytest.mark.parametrize(("k_max", "choices"), [(0, None), (8, (16,)), (8, (0, 2))])
+def test_impossible_choices_are_refused(k_max, choices):
+    with pytest.raises(UserError, match="cannot choose K"):
+        Chooser(k_max, choices)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.05])

@@ -9,19 +9,14 @@ from checks.compare import assert_close
 from mil_jax.config import ComputeConfig
 from mil_jax.errors import UserError
 from mil_jax.generate import decode
-from mil_jax.models import decoder, layers
+from mil_jax.models import decoder
 
 pytestmark = pytest.mark.usefixtures("strict_jax")
 DECODE = ComputeConfig(layout="decode")
 
 
-@pytest.fixture(params=[False, True], ids=["in_out", "out_in"])
-def orientation(request, monkeypatch):
-    monkeypatch.setattr(layers, "is_transposed", lambda *shape: request.param)
-
-
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
-def test_both_layouts_give_the_same(kind, orientation):
+def test_both_layouts_give_the_same(kind):
     model = decoder.build(tiny.CONFIGS[kind], tiny.params(kind), DECODE)
     assert not hasattr(model.layers.blocks[0].mixer, "x_proj")
     tokens = tiny.tokens(2, 9)
@@ -38,7 +33,7 @@ def test_decoding_in_the_decode_layout(kind):
 
 
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
-def test_names_are_those_of_training(kind, orientation):
+def test_names_are_those_of_training(kind):
     params = tiny.params(kind)
     plan = decoder.Blueprint.create(tiny.CONFIGS[kind], DECODE)
     placed = plan.place(params)
@@ -122,3 +117,19 @@ def test_answers_to_prompts_read_in_chunks():
     generation.assert_answers(answers, expected, 6)
     with pytest.raises(UserError, match="chunk is 0"):
         decode.generate(model, prompts, chunk=0, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "ids", [[], [1, 1], [-1, 2], [tiny.CONFIGS["mamba"].vocab_size]]
+)
+def test_a_reduced_head_needs_known_tokens_once(ids):
+    with pytest.raises(UserError, match="a reduced head needs tokens below"):
+        tiny.model("mamba").with_vocab(ids)
+
+
+def test_a_reduced_head_only_drafts():
+    small = tiny.model("mamba").with_vocab([3, 4])
+    with pytest.raises(UserError, match="was reduced before"):
+        small.with_vocab([0, 1])
+    with pytest.raises(UserError, match="can only draft"):
+        decode.generate(small, [[1, 2]], max_new_tokens=3)
