@@ -8,10 +8,11 @@ answers is measured. Layers that cost little are the ones to convert first
 (`conversion.steps`).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -31,21 +32,34 @@ from mil_jax.data.types import Conversation
 from mil_jax.evaluate import answer_nll
 from mil_jax.models import decoder
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_COUNT = flags.DEFINE_integer("count", 256, "Held-out conversations.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", None, "JSON file that gets the rows.")
-
 BATCH = 64
 
 
-def main(argv: Sequence[str]) -> None:
+class Flags(NamedTuple):
+    """What the command line may say."""
+
+    config: flags.FlagHolder
+    count: flags.FlagHolder
+    out: flags.FlagHolder
+
+    @classmethod
+    def define(cls) -> "Flags":
+        """Returns flags that the command line is read for from now on."""
+        return cls(
+            config_flags.DEFINE_config_file("config", lock_config=True),
+            flags.DEFINE_integer("count", 256, "Held-out conversations.", 1),
+            flags.DEFINE_string("out", None, "JSON file that gets the rows."),
+        )
+
+
+def main(given: Flags, argv: Sequence[str]) -> None:
     """Prints the layers, the dispensable first."""
     del argv
-    config = read_config(_CONFIG)
+    config = read_config(given.config)
     teacher = models.load(config.teacher)
     tokenizer = load_tokenizer(models.resolve(config.tokenizer or teacher.source))
     held_out = sources.conversations(config.data.evaluation)
-    chats = [held_out[i] for i in range(min(_COUNT.value, len(held_out)))]
+    chats = [held_out[i] for i in range(min(given.count.value, len(held_out)))]
     rows = []
     kinds = teacher.config.layer_types
     layers = [None, *(i for i, kind in enumerate(kinds) if kind == "attention")]
@@ -54,8 +68,8 @@ def main(argv: Sequence[str]) -> None:
         row |= silence(teacher, layer, config.compute, tokenizer, chats)
         row |= {"evaluated_on": config.data.evaluation, "conversations": len(chats)}
         rows.append(row)
-        if _OUT.value:
-            benchmarking.record(Path(_OUT.value), row, ("teacher", "silent_layer"))
+        if given.out.value:
+            benchmarking.record(Path(given.out.value), row, ("teacher", "silent_layer"))
     Console().print(_table(rows))
 
 
@@ -95,4 +109,4 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    run_app(main)
+    run_app(functools.partial(main, Flags.define()))
