@@ -51,3 +51,8 @@ def sigmoid(value: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns 1 / (1 + e^-v)."""
     denominator = 1.0 + exp2(value * -LOG2_E)
     return 1.0 / denominator if INTERPRET else _approximate("rcp", denominator)
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """Returns the smallest power of two that is neither below `size` nor `least`."""
+    return max(least, 1 << (size - 1).bit_length())

@@ -81,14 +81,6 @@ class HybridCache:
         ]
         return dataclasses.replace(self, layers=tuple(resized))
 
-    @property
-    def slots(self) -> int | None:
-        """Length of the key/value buffers, None without attention layers."""
-        for layer in self.layers:
-            if isinstance(layer, KVCache):
-                return layer.k.shape[1]
-        return None
-
 
 @functools.partial(jax.jit, static_argnames="max_step")
 def _resize(slots: tuple[jax.Array, Pending], max_step: int) -> dict[str, Any]:

@@ -57,23 +57,19 @@ def choose_tiling(q, k) -> Tiling:
     queries = tokens * (heads // groups)
     # Float32 is multiplied without matrix units, from registers: small tiles.
     is_exact = k.dtype == jnp.float32
-    rows, block = _power_of_two(queries, MIN_DOT), 64
+    rows, block = gpu.power_of_two(queries, MIN_DOT), 64
     if is_exact or rows > 128:
         rows = MIN_DOT if is_exact else 64
     elif slots <= 8192:
         block = 32
     # Blocks of slots that wait in shared memory are this many times the usual size.
-    size = _power_of_two(width, 128) * k.dtype.itemsize // 256
+    size = gpu.power_of_two(width, 128) * k.dtype.itemsize // 256
     # Parts small enough to fill the device, large enough to be worth a program; at least a
     # few where there are few queries, because rows of a batch differ in length.
     blocks = math.ceil(queries / rows)
     splits = max(4 if blocks == 1 else 1, PROGRAMS // (batch * groups * blocks))
     splits = max(1, min(splits, slots // 80))
     return Tiling(rows, max(MIN_DOT, block // size), splits, 4, 3)
-
-
-def _power_of_two(size: int, least: int = 1) -> int:
-    return max(least, 1 << (size - 1).bit_length())
 
 
 def _tile(rows, columns):
@@ -111,7 +107,7 @@ def _part_kernel(*refs, names, tiling, window):
     group, block = pl.program_id(0) % groups, pl.program_id(0) // groups
     part, b = pl.program_id(1), pl.program_id(2)
     row = _range(block * tiling.rows, tiling.rows)
-    column = _range(0, _power_of_two(width, MIN_DOT))
+    column = _range(0, gpu.power_of_two(width, MIN_DOT))
     i, p = _tile(row, column)
     inside = jnp.logical_and(i < tokens * per_group, p < width)
     at = (b, i // per_group, group * per_group + i % per_group, p)
@@ -199,8 +195,8 @@ def _merge_kernel(parts_ref, log_sums_ref, y_ref, *, splits):
     """One query's parts: their mean, weighted by their sums of exponentials."""
     _, _, heads, width = y_ref.shape
     b, t, head = pl.program_id(1), pl.program_id(0) // heads, pl.program_id(0) % heads
-    part = _range(0, _power_of_two(splits))
-    column = _range(0, _power_of_two(width))
+    part = _range(0, gpu.power_of_two(splits))
+    column = _range(0, gpu.power_of_two(width))
     i, p = _tile(part, column)
     inside = jnp.logical_and(i < splits, p < width)
     value = plt.load(
@@ -272,7 +268,7 @@ def _append_kernel(*refs, names, groups):
     slots = refs["new_k"].shape[1]
     per_group = heads // groups
     slot = refs["lengths"][b] + t
-    half = _range(0, _power_of_two(width // 2))
+    half = _range(0, gpu.power_of_two(width // 2))
     inside = half < width // 2
     angle = (b, t, half)
     cos, sin = (

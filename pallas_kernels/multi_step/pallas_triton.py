@@ -53,10 +53,6 @@ def _check_runs(op: str, tokens: int, *arrays: jax.Array) -> None:
             raise UnsupportedError(f"{op} does not take {dtype}")
 
 
-def _power_of_two(size: int, least: int = 1) -> int:
-    return max(least, 1 << (size - 1).bit_length())
-
-
 class _Part(NamedTuple):
     """Positions along one axis and which of them the array has (None: all)."""
 
@@ -150,7 +146,10 @@ def _unstack(tile, count: int):
 
 def _stack(rows):
     """Inverse of `_unstack`; rows of zeros fill up to a power of two."""
-    rows = [*rows, *[jnp.zeros_like(rows[0])] * (_power_of_two(len(rows)) - len(rows))]
+    rows = [
+        *rows,
+        *[jnp.zeros_like(rows[0])] * (gpu.power_of_two(len(rows)) - len(rows)),
+    ]
     while len(rows) > 1:
         half = len(rows) // 2
         pairs = zip(rows[:half], rows[half:], strict=True)
@@ -175,7 +174,7 @@ def _selective_kernel(*refs, names, columns, channels, states, is_log):
         return _load(refs[name], (e.at,), e.inside)[None, :] if name in refs else None
 
     def part(count):
-        return _Part.create(0, _power_of_two(count), count)
+        return _Part.create(0, gpu.power_of_two(count), count)
 
     def tile(name, count):
         t, c, inside = _spread(part(count), e)
@@ -228,7 +227,7 @@ def _selective_kernel(*refs, names, columns, channels, states, is_log):
         plt.store(refs["y"].at[row, t, c], y.astype(refs["y"].dtype), mask=inside)
 
     def nothing():
-        put(jnp.zeros((_power_of_two(tokens), channels), jnp.float32))
+        put(jnp.zeros((gpu.power_of_two(tokens), channels), jnp.float32))
 
     _when_active(refs, row, work, nothing)
 
@@ -311,7 +310,7 @@ def selective_multi_step(
     inputs = _inputs(state, pending, num_pending, is_active)
     inputs |= {"x": x, "dt": dt, "A": A, "B": B, "C": C}
     inputs |= _given(D=D, z=z, dt_bias=dt_bias)
-    states = _power_of_two(A.shape[1])
+    states = gpu.power_of_two(A.shape[1])
     is_large = batch * d_inner * states > MANY_VALUES
     is_long = tokens + pending.x.shape[1] >= MANY_TOKENS
     values = STATE_VALUES * (2 if is_large or is_long else 1)
@@ -348,7 +347,7 @@ def _ssd_kernel(*refs, names, columns, width, states, is_log, exact):
     dot = functools.partial(_dot, exact)
 
     def new_tokens():
-        return _Part.create(0, _power_of_two(tokens, MIN_DOT), tokens)
+        return _Part.create(0, gpu.power_of_two(tokens, MIN_DOT), tokens)
 
     def tile(name, token, part, which):
         t, c, inside = _spread(token, part)
@@ -367,7 +366,7 @@ def _ssd_kernel(*refs, names, columns, width, states, is_log, exact):
         count = refs["num_pending"][row]
         h = _load(refs["state"], (row, head, i, j), mask)
         if slots:
-            old = _Part.create(0, _power_of_two(slots, MIN_DOT), slots)
+            old = _Part.create(0, gpu.power_of_two(slots, MIN_DOT), slots)
             old_x, old_B = tile("old_x", old, p, group), tile("old_B", old, n, group)
             old_dt = raw_steps("old_dt", old)
         new = new_tokens()
@@ -398,7 +397,7 @@ def _ssd_kernel(*refs, names, columns, width, states, is_log, exact):
         plt.store(refs["y"].at[row, t, head, c], y.astype(refs["y"].dtype), mask=inside)
 
     def nothing():
-        put(jnp.zeros((_power_of_two(tokens, MIN_DOT), width), jnp.float32))
+        put(jnp.zeros((gpu.power_of_two(tokens, MIN_DOT), width), jnp.float32))
 
     _when_active(refs, row, work, nothing)
 
@@ -430,7 +429,7 @@ def _ssd_step_kernel(*refs, names, columns, width, states, is_log):
         h = _load(refs["state"], (row, head, i, j), mask)
 
         def load(prefix, count):
-            at = _Part.create(0, _power_of_two(count), count)
+            at = _Part.create(0, gpu.power_of_two(count), count)
             dt = refs.load(f"{prefix}dt", (row, at.at, head), at.inside, NO_STEP)
             x = [vector(f"{prefix}x", t, p, group) for t in range(count)]
             return (
@@ -534,10 +533,10 @@ def ssd_multi_step(
     inputs |= {"x": x, "dt": dt, "A": A, "B": B, "C": C}
     inputs |= _given(D=D, dt_bias=dt_bias)
     columns = COLUMNS if batch * heads * width < MANY_COLUMNS else 2 * COLUMNS
-    columns = min(columns, _power_of_two(width, MIN_DOT))
+    columns = min(columns, gpu.power_of_two(width, MIN_DOT))
     sizes = {
         "width": columns,
-        "states": _power_of_two(n, MIN_DOT),
+        "states": gpu.power_of_two(n, MIN_DOT),
         "is_log": A_is_log,
     }
     exact = any(a.dtype == jnp.float32 for a in (x, B, C, pending.x, pending.B))
