@@ -1,6 +1,7 @@
 """Shared by all tests: eight CPU devices, strict promotion, comparison."""
 
 import importlib.metadata
+import logging
 import os
 
 # Before JAX starts. Compiling dominates these tests and their models are tiny, so the CPU
@@ -30,3 +31,14 @@ def strict_jax():
     """No silent promotion of dtypes or ranks (optax does both, so not everywhere)."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """Commands set up the process's logging: no test inherits another one's."""
+    loggers = [logging.getLogger(name) for name in ("mil_jax", "pallas_kernels")]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)  # the setter also forgets what it had decided
