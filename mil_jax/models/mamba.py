@@ -9,6 +9,7 @@ from mil_jax.config import ComputeConfig, ModelConfig
 from mil_jax.models.cache import SSMCache
 from mil_jax.models.layers import (
     Linear,
+    Unnormed,
     make_param,
     pack,
     project,
@@ -74,7 +75,7 @@ class MambaMixer(SSMMixer):
         self.conv_group = None if x == e else n
         self.implementation = compute.kernel
 
-    def project(self, u: Float[Array, "B L D"]) -> Projected:
+    def project(self, u: Float[Array, "B L D"] | Unnormed) -> Projected:
         """Returns x, z and, in a hybrid, dt, B and C."""
         if self.is_pure:
             return Projected(*project_columns(self, X_Z, u))
@@ -148,9 +149,11 @@ class MambaMixer(SSMMixer):
             commit=commit,
         )
 
-    def output(self, y: Float[Array, "B L E"]) -> Float[Array, "B L D"]:
+    def output(
+        self, y: Float[Array, "B L E"], residual: jax.Array | None = None
+    ) -> Float[Array, "B L D"]:
         """Applies out_proj."""
-        return self.out_proj(y)
+        return self.out_proj(y, residual)
 
     def _A(self) -> Float[Array, "E N"]:
         return -jnp.exp(self.A_log[...].astype(jnp.float32))
