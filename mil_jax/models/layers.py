@@ -152,6 +152,12 @@ class PackedLinear(nnx.Module):
         """Whether the kernel is [out, in]."""
         return self.packing.is_transposed
 
+    @property
+    def by_output(self) -> Float[Array, "O I"]:
+        """The kernel as [out, in]."""
+        kernel = self.kernel[...]
+        return kernel if self.is_transposed else kernel.T
+
     def __call__(
         self, x: "Float[Array, 'B L I'] | Unnormed", residual: jax.Array | None = None
     ) -> Float[Array, "B L O"]:

@@ -10,7 +10,7 @@ from pallas_kernels import gpu
 pytestmark = pytest.mark.usefixtures("strict_jax")
 
 
-@pytest.mark.parametrize("kind", ["attention", "mamba", "mamba2"])
+@pytest.mark.parametrize("kind", ["attention", "mamba", "mamba2", "pure"])
 def test_kernels_decode_as_the_oracle(kind, monkeypatch):
     compute = ComputeConfig(layout="decode")
     model = decoder.build(tiny.CONFIGS[kind], tiny.params(kind), compute)
