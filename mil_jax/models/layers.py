@@ -141,8 +141,8 @@ class PackedLinear(nnx.Module):
         """Returns the maps side by side, as [out, in] where a kernel wants them so."""
         kernels = [linear.kernel for linear in linears]
         widths = tuple(kernel.shape[1] for kernel in kernels)
-        size = kernels[0].shape[0] * sum(widths)
-        packing = Packing(widths, may_transpose and is_kept_by_output(size))
+        by_output = is_kept_by_output(sum(widths), kernels[0].shape[0])
+        packing = Packing(widths, may_transpose and by_output)
         biases = [linear.bias for linear in linears if linear.bias is not None]
         bias = _pack_params(biases, Packing(widths)) if biases else None
         return cls(_pack_params(kernels, packing), bias, packing, linears[0].dtype)

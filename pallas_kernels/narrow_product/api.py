@@ -12,9 +12,9 @@ IMPLEMENTATIONS = {
 }
 
 
-def is_kept_by_output(weights: int) -> bool:
-    """Whether a kernel of so many weights is best kept as [out, in], as needed here."""
-    return weights <= pallas_triton.MANY_WEIGHTS
+def is_kept_by_output(outputs: int, width: int) -> bool:
+    """Whether a kernel of this size is best kept as [out, in], as it is needed here."""
+    return not pallas_triton.is_large(outputs, width)
 
 
 def narrow_product(

@@ -23,8 +23,9 @@ from pallas_kernels.dispatch import UnsupportedError
 
 # Above, multiplying takes longer than reading.
 MAX_TOKENS = 8
-# Weights above which the compiler's own product is as fast, for more than one token.
-MANY_WEIGHTS = 1 << 25
+# Where both sides are this large, reading takes so long that starting does not count: the
+# compiler's own product is as fast, for more than one token.
+LARGE_SIDE = 4096
 # Warps that keep the memory of a large GPU busy.
 BUSY_WARPS = 2048
 LANES, LOAD_BYTES = 32, 16
@@ -48,6 +49,11 @@ class Blocks(NamedTuple):
     warps: int
     split: int
     unroll: int
+
+
+def is_large(outputs: int, width: int) -> bool:
+    """Whether a product of several tokens is left to the compiler."""
+    return min(outputs, width) >= LARGE_SIDE
 
 
 def narrow_product(x, kernel, *, scale, residual, eps, blocks=None):
@@ -80,8 +86,8 @@ def narrow_product(x, kernel, *, scale, residual, eps, blocks=None):
 def _check(x, kernel, tokens):
     if tokens > MAX_TOKENS:
         raise UnsupportedError(f"{tokens} tokens are more than {MAX_TOKENS}")
-    if tokens > 1 and kernel.size > MANY_WEIGHTS:
-        raise UnsupportedError(f"{kernel.size} weights are more than {MANY_WEIGHTS}")
+    if tokens > 1 and is_large(*kernel.shape):
+        raise UnsupportedError(f"{tokens} tokens and both sides {LARGE_SIDE} or more")
     for dtype in (x.dtype, kernel.dtype):
         if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise UnsupportedError(f"products of {dtype}")

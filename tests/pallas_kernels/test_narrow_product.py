@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels import gpu
-from pallas_kernels.narrow_product import narrow_product, pallas_triton, shapes
+from pallas_kernels.narrow_product import (
+    is_kept_by_output,
+    narrow_product,
+    pallas_triton,
+    shapes,
+)
 from pallas_kernels.narrow_product.pallas_triton import Blocks
 
 EPS = 0.3
@@ -99,9 +104,10 @@ def test_what_the_kernel_does_not_take(shape, dtype, message, interpreted):
 def test_large_products_of_several_tokens_are_left_to_the_compiler(
     interpreted, monkeypatch
 ):
-    monkeypatch.setattr(pallas_triton, "MANY_WEIGHTS", 32 * 4 - 1)
+    monkeypatch.setattr(pallas_triton, "LARGE_SIDE", 4)
+    assert not is_kept_by_output(4, 32) and is_kept_by_output(3, 32)
     x, kernel, _, _ = inputs(shapes.Shape(1, 2, 32, 4), "float32")
-    with pytest.raises(NotImplementedError, match="128 weights"):
+    with pytest.raises(NotImplementedError, match="2 tokens and both sides 4 or more"):
         narrow_product(x, kernel, implementation="pallas_triton")
     narrow_product(x[:, :1], kernel, implementation="pallas_triton")
 
@@ -143,8 +149,9 @@ def test_lowers_to_one_kernel(size, lower_for_cuda):
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("size", [*shapes.SMALL, *shapes.LARGE])
-def test_compiled_kernel_is_the_product(size, dtype, assert_close):
+def test_compiled_kernel_is_the_product(size, dtype, monkeypatch, assert_close):
     assert not gpu.INTERPRET
+    monkeypatch.setattr(pallas_triton, "LARGE_SIDE", 1 << 20)
     shape = (shapes.SMALL | shapes.LARGE)[size]
     args, kwargs = options(inputs(shape, dtype), True, True)
 
