@@ -66,7 +66,7 @@ def narrow_product(x, kernel, *, scale, residual, eps, blocks=None):
     tokens, outputs = batch * length, kernel.shape[0]
     _check(x, kernel, tokens)
     if blocks is None:
-        blocks = _blocks(tokens, kernel)
+        blocks = _blocks(tokens, kernel, scale is not None)
     inputs = {"x": x.reshape(tokens, width), "kernel": kernel}
     if scale is not None:
         inputs["scale"] = scale
@@ -112,23 +112,29 @@ def _depth(kernel, split: int) -> int:
     return min(split * LANES * _vector(kernel), _divisor(kernel.shape[1]))
 
 
-def _blocks(tokens: int, kernel) -> Blocks:
+def _blocks(tokens: int, kernel, is_normed: bool) -> Blocks:
     """The blocks for a size.
 
     Where there are outputs enough for all warps, a warp takes several, so that it loads
-    and scales a token for all of them; where there are too few, warps share one.
+    and scales a token for all of them; where there are too few, warps share one. Scaling
+    several tokens for each output would take longer than reading its weights.
     """
     outputs, width = kernel.shape
+    is_costly = is_normed and tokens > 2
+    most, busy = (8, BUSY_WARPS // 2) if is_costly else (4, BUSY_WARPS)
     columns, split, warps = 1, 1, 4
-    while columns < 4 and outputs // (2 * columns) >= BUSY_WARPS:
+    while columns < most and outputs // (2 * columns) >= busy:
         columns *= 2
     while split < warps and outputs * split * 2 <= BUSY_WARPS:
         if width % (2 * split * LANES * _vector(kernel)):
             break
         split *= 2
+    if columns == 8:
+        # Half as large, so that they spread evenly over the multiprocessors.
+        warps = 2
     tiles = width // _depth(kernel, split)
-    most = max(1, LOADS // columns // (1 if tokens < 4 else 2))
-    unroll = max(n for n in range(1, most + 1) if tiles % n == 0)
+    loads = max(1, LOADS // columns // (1 if tokens < 4 else 2))
+    unroll = max(n for n in range(1, loads + 1) if tiles % n == 0)
     return Blocks(columns, warps, split, unroll)
 
 
