@@ -11,7 +11,11 @@ import pytest
 from mil_jax.config import RunConfig, from_config_dict
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), ROOT / "launch/README.md"]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    ROOT / "benchmarks/README.md",
+    ROOT / "launch/README.md",
+]
 
 
 def blocks(language: str) -> list[str]:
@@ -19,14 +23,18 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_links_lead_to_files(path):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_configs_and_stages_exist(path):
     text = path.read_text().replace("$CONFIG", "configs/llama3_8b_mamba_50.py")
     for name, stage in re.findall(r"configs/(\w+)\.py(?::stage=(\w+))?", text):
@@ -35,7 +43,9 @@ def test_configs_and_stages_exist(path):
         from_config_dict(RunConfig, values.to_dict())
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_config_keys_exist(path):
     config = importlib.import_module("configs.demo").get_config()
     found = re.findall(r"--config\.([a-z_.]*[a-z])", path.read_text())
