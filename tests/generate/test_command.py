@@ -475,7 +475,7 @@ class TestRefused:
 
     def test_more_drafts_than_the_kernel_takes(self, folder):
         models = (f"--model={folder}/model", f"--draft={folder}/draft", "--prompt=Hi")
-        assert "take at most 19 draft tokens a step" in refused(*models, "--k=20")
+        assert "at most 19 tokens are drafted a step" in refused(*models, "--k=20")
 
     @pytest.mark.parametrize(
         ("content", "message"),
