@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import gpu
-from pallas_kernels.cached_attention.rotation import cos_and_sin
+from pallas_kernels.cached_attention.rotation import cos_and_sin, next_positions
 from pallas_kernels.dispatch import UnsupportedError
 
 # The smallest side of a matrix product, and the step in which slots are shared out.
@@ -314,7 +314,7 @@ def rotate_and_append(qkv, k, v, lengths, frequencies):
     groups, width = k.shape[2:]
     heads = qkv.shape[2] // width - 2 * groups
     # The same in every layer, so the compiler computes them once a step.
-    cos, sin = cos_and_sin(lengths, tokens, frequencies)
+    cos, sin = cos_and_sin(next_positions(lengths, tokens), frequencies)
     inputs = {
         "k": k,
         "v": v,
