@@ -1,6 +1,6 @@
 """Attention to a cache: validation and choice of implementation."""
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.cached_attention import pallas_triton, reference, xla
@@ -24,7 +24,6 @@ def cached_attention(
     lengths: Int[Array, " B"],
     *,
     sliding_window: int | None = None,
-    is_active: Bool[Array, " B"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T H P"]:
     """Returns causal grouped-query attention of T new tokens to a cache that holds them.
@@ -43,8 +42,6 @@ def cached_attention(
       lengths: Tokens of each row before the new ones; `lengths[b] + T <= S`.
       sliding_window: A token sees itself and the `sliding_window - 1` before it; all
         before it if None.
-      is_active: Rows that take part, all if None. The others' outputs are zero; a kernel
-        reads nothing of them.
       implementation: None for the fastest that runs here; a name for that one or an
         error.
 
@@ -65,7 +62,6 @@ def cached_attention(
     checks.check_shape(op, "k", k, "B S K P", kept)
     checks.check_shape(op, "v", v, "B S K P", kept)
     checks.check_shape(op, "lengths", lengths, "B", (batch,))
-    checks.check_shape(op, "is_active", is_active, "B", (batch,))
     checks.check_groups(op, "k", groups, heads)
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(
@@ -80,7 +76,6 @@ def cached_attention(
         v,
         lengths,
         sliding_window=sliding_window,
-        is_active=is_active,
     )
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from pallas_kernels.cached_attention import rotation
 
 
-def cached_attention(q, k, v, lengths, *, sliding_window, is_active):
+def cached_attention(q, k, v, lengths, *, sliding_window):
     """Returns the outputs; see `api.cached_attention` for the arguments."""
     f32 = jnp.float32
     batch, tokens, heads, width = q.shape
@@ -21,8 +21,6 @@ def cached_attention(q, k, v, lengths, *, sliding_window, is_active):
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)
     y = jnp.einsum("bkgts,bskp->btkgp", weights, v.astype(f32)).reshape(q.shape)
-    if is_active is not None:
-        y = jnp.where(is_active[:, None, None, None], y, 0.0)
     return y.astype(q.dtype)
 
 

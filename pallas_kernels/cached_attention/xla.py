@@ -19,17 +19,13 @@ BLOCK_SLOTS = 512
 LOWEST = -1e30
 
 
-def cached_attention(q, k, v, lengths, *, sliding_window, is_active):
+def cached_attention(q, k, v, lengths, *, sliding_window):
     """Returns the outputs; see `api.cached_attention` for the arguments."""
     tokens, heads = q.shape[1:3]
     lengths = lengths.astype(jnp.int32)
     if heads * tokens * k.shape[1] <= MAX_SCORES:
-        y = _at_once(q, k, v, lengths, sliding_window)
-    else:
-        y = _by_blocks(q, k, v, lengths, sliding_window)
-    if is_active is not None:
-        y = jnp.where(is_active[:, None, None, None], y, jnp.zeros_like(y))
-    return y
+        return _at_once(q, k, v, lengths, sliding_window)
+    return _by_blocks(q, k, v, lengths, sliding_window)
 
 
 def rotate_and_append(qkv, k, v, lengths, frequencies):
