@@ -7,6 +7,7 @@ Prints tokens/s (median over steps that rotate among batches), the memory that X
 the step (weights, optimizer state, activations) and the time to compile.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Sequence
@@ -33,30 +34,41 @@ from mil_jax.train.step import (
     reference_compute,
 )
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="As mil_jax.main takes it.", lock_config=True
-)
-_SHAPE = flags.DEFINE_enum("shape", "llama3_8b", sorted(SHAPES), "Teacher's shape.")
-_NAME = flags.DEFINE_string("name", None, "Row's name; default shape, mixer and share.")
-_BATCH = flags.DEFINE_integer("batch", 2, "Rows of a step.")
-_LENGTH = flags.DEFINE_integer("length", 2048, "Tokens of a row.")
-_STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", None, "JSON file that gets the row.")
-
 NUM_BATCHES = 4
 
 
-def main(argv: Sequence[str]) -> None:
+def define_flags(values: flags.FlagValues) -> None:
+    """Declares what the command line may say."""
+    text = functools.partial(flags.DEFINE_string, flag_values=values)
+    number = functools.partial(flags.DEFINE_integer, flag_values=values)
+    config_flags.DEFINE_config_file(
+        "config",
+        help_string="As mil_jax.main takes it.",
+        lock_config=True,
+        flag_values=values,
+    )
+    shapes = sorted(SHAPES)
+    flags.DEFINE_enum(
+        "shape", "llama3_8b", shapes, "Teacher's shape.", flag_values=values
+    )
+    text("name", None, "Row's name; default shape, mixer and share.")
+    number("batch", 2, "Rows of a step.")
+    number("length", 2048, "Tokens of a row.")
+    number("steps", 10, "Timed steps.", lower_bound=1)
+    text("out", None, "JSON file that gets the row.")
+
+
+def main(given: flags.FlagValues, argv: Sequence[str]) -> None:
     """Times one config and prints or records its row."""
     del argv
-    config = read_config(_CONFIG)
-    row = time_stage(config, _SHAPE.value, _BATCH.value, _LENGTH.value, _STEPS.value)
-    if _NAME.value:
-        row["config"] = _NAME.value
+    config = read_config(given["config"])
+    row = time_stage(config, given.shape, given.batch, given.length, given.steps)
+    if given.name:
+        row["config"] = given.name
     print({**row, "device": jax.devices()[0].device_kind})
-    if _OUT.value:
+    if given.out:
         key = ("config", "stage", "batch", "length", "devices", "implementation")
-        benchmarking.record(Path(_OUT.value), row, key)
+        benchmarking.record(Path(given.out), row, key)
 
 
 def time_stage(
@@ -183,4 +195,5 @@ def random_batch(
 
 
 if __name__ == "__main__":
-    run_app(main)
+    define_flags(flags.FLAGS)
+    run_app(functools.partial(main, flags.FLAGS))
