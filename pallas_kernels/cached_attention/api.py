@@ -54,15 +54,16 @@ def cached_attention(
       NotImplementedError: The named implementation does not run here.
     """
     op = "cached_attention"
-    checks.check_rank(op, "q", q, "B T H P")
-    checks.check_rank(op, "k", k, "B S K P")
-    batch, _, heads, width = q.shape
-    slots, groups = k.shape[1:3]
-    kept = (batch, slots, groups, width)
-    checks.check_shape(op, "k", k, "B S K P", kept)
-    checks.check_shape(op, "v", v, "B S K P", kept)
-    checks.check_shape(op, "lengths", lengths, "B", (batch,))
-    checks.check_groups(op, "k", groups, heads)
+    sizes = checks.check_shapes(
+        op,
+        {
+            "q": (q, "B T H P"),
+            "k": (k, "B S K P"),
+            "v": (v, "B S K P"),
+            "lengths": (lengths, "B"),
+        },
+    )
+    checks.check_groups(op, "k", sizes["K"], sizes["H"])
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(
             f"{op}: sliding_window is {sliding_window}, expected 1 or more"
@@ -111,13 +112,18 @@ def rotate_and_append(
       NotImplementedError: The named implementation does not run here.
     """
     op = "rotate_and_append"
-    checks.check_rank(op, "qkv", qkv, "B T F")
-    checks.check_rank(op, "k", k, "B S K P")
-    batch, slots, groups, width = k.shape
-    checks.check_shape(op, "qkv", qkv, "B T F", (batch, *qkv.shape[1:]))
-    checks.check_shape(op, "v", v, "B S K P", k.shape)
-    checks.check_shape(op, "lengths", lengths, "B", (batch,))
-    checks.check_shape(op, "frequencies", frequencies, "P/2", (width // 2,))
+    sizes = checks.check_shapes(
+        op,
+        {
+            "k": (k, "B S K P"),
+            "qkv": (qkv, "B T F"),
+            "v": (v, "B S K P"),
+            "lengths": (lengths, "B"),
+        },
+    )
+    groups, width = sizes["K"], sizes["P"]
+    half = {"P/2": width // 2}
+    checks.check_shapes(op, {"frequencies": (frequencies, "P/2")}, half)
     heads, rest = divmod(qkv.shape[2], width)
     if rest or width % 2 or heads <= 2 * groups or heads % groups:
         raise ValueError(
