@@ -200,6 +200,18 @@ class World:
         """Returns the chats of "train", "prompts" or "held_out"."""
         return self.folder / DATA / f"{part}.jsonl"
 
+    def row(
+        self,
+        measure: str,
+        target: str,
+        draft_layers: int | None = None,
+        k: int | None = None,
+        temperature: float | None = None,
+    ) -> Row:
+        """Returns a row of which nothing is measured yet."""
+        values = (self.name, self.recipe, measure, target, draft_layers, k, temperature)
+        return dict(zip(KEY, values, strict=True))
+
     def _values(self, stage: str, **args: str) -> dict[str, Any]:
         """Returns what the config file says, as a dict."""
         args = {"stage": stage, "world": self.name} | args
@@ -414,27 +426,17 @@ def measure(
     running them.
     """
     wanted = results.missing(
-        {
-            "world": world.name,
-            "recipe": world.recipe,
-            "measure": "acceptance",
-            "target": name,
-            "draft_layers": depth,
-            "k": k,
-            "temperature": temperature,
-        }
+        world.row("acceptance", name, depth, *how)
         for depth in draft_folders
-        for k, temperature in grid
+        for how in grid
     )
-    quality = {"world": world.name, "recipe": world.recipe, "measure": "quality"}
-    quality |= {"target": name, "draft_layers": None, "k": None, "temperature": None}
+    quality = world.row("quality", name)
     if not wanted and not results.missing([quality]):
         return
     chats = conversations(str(world.file("held_out")))
     chats = [chats[i] for i in range(min(len(chats), max(256, num_prompts)))]
     prompts = [encode_prompt(world.tokenizer, c[:-1]) for c in chats[:num_prompts]]
-    stage = world.config("evaluate").stage
-    limit = stage.max_new_tokens
+    limit = world.config("evaluate").stage.max_new_tokens
     target = _build(world, target_folder)
     drafts = {depth: _build(world, path) for depth, path in draft_folders.items()}
     plain = decode.generate(target, prompts, max_new_tokens=limit).rows()
