@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from checks import commands
 
 from mil_jax.config import RunConfig, from_config_dict
 
@@ -58,6 +59,40 @@ def test_config_keys_exist(path):
         for part in key.split("."):
             assert part in node, key
             node = node[part]
+
+
+def flags_of(module):
+    """Returns the names of a command's flags, of either parser."""
+    command = importlib.import_module(module)
+    if hasattr(command, "define_flags"):
+        return set(commands.parse(command))
+    source = Path(command.__file__).read_text()
+    return set(re.findall(r'add(?:_argument)?\(\s*"--([\w-]+)"', source))
+
+
+SHOWN = [
+    *DOCUMENTS,
+    *sorted((ROOT / "pallas_kernels").rglob("*.md")),
+    *sorted((ROOT / "configs").glob("*.py")),
+    *sorted((ROOT / "mil_jax").rglob("*.py")),
+    ROOT / "pallas_kernels" / "bench.py",
+    ROOT / "Makefile",
+]
+
+
+def test_commands_take_the_flags_that_are_shown():
+    found = 0
+    for path in SHOWN:
+        text = path.read_text().replace("\\\n", " ")
+        for module, rest in re.findall(
+            r"-m ((?:mil_jax|pallas_kernels)[\w.]*)(.*)", text
+        ):
+            package = ROOT.joinpath(*module.split("."))
+            module += ".__main__" if package.is_dir() else ""
+            names = {name for name in re.findall(r"--([\w-]+)", rest)}
+            assert names <= flags_of(module), f"{path}: {module}"
+            found += len(names)
+    assert found > 80
 
 
 def test_first_example_prints_what_the_readme_says():

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
-from checks import process, tiny
+from checks import commands, process, tiny
 
 from mil_jax.checkpoint import models, orbax_io
 from mil_jax.data.chat import encode_prompt, load_tokenizer
@@ -66,12 +64,10 @@ def tokenizer():
 
 def run(*args):
     """Runs the command in this process; returns its exit status."""
-    with flagsaver.flagsaver():
-        flags.FLAGS(["generate", *map(str, args)])
-        try:
-            command.main(["generate"])
-        except SystemExit as end:
-            return end.code
+    try:
+        command.main(commands.parse(command, *args), ["generate"])
+    except SystemExit as end:
+        return end.code
     return 0
 
 
@@ -572,9 +568,6 @@ def test_as_a_command(tmp_path, folder):
 
 
 def test_sampling_is_passed_on():
-    with flagsaver.flagsaver():
-        flags.FLAGS(["generate", "--temperature=0.5", "--top_k=3", "--top_p=0.9"])
-        values = (command._TEMPERATURE, command._TOP_K, command._TOP_P)
-        assert Sampling(*(flag.value for flag in values)) == Sampling(
-            temperature=0.5, top_k=3, top_p=0.9
-        )
+    args = ("--model=demo_teacher", "--temperature=0.5", "--top_k=3", "--top_p=0.9")
+    options = command.read_options(commands.parse(command, *args))
+    assert options.sampling == Sampling(temperature=0.5, top_k=3, top_p=0.9)
