@@ -10,6 +10,7 @@ export, evaluate         of the newest model
 """
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -254,25 +255,27 @@ def _draft(run: Run) -> Path:
         data = RecordSource(run.workdir.labels(config))
     else:
         data = _conversations(run, folder, tokenizer)
-    path = _train(run, "draft", folder, start, data, tokenizer)
-    if stage.draft_vocab_size and draft_vocab.load(path) is None:
-        _save_draft_vocab(run, path, data, shrunk)
+    if not stage.draft_vocab_size:
+        return _train(run, "draft", folder, start, data, tokenizer)
+    add = functools.partial(_save_draft_vocab, run, data, shrunk)
+    path = _train(run, "draft", folder, start, data, tokenizer, add)
+    if jax.process_index() == 0 and draft_vocab.load(path) is None:
+        add(path)  # Somebody removed it.
     return path
 
 
 def _save_draft_vocab(
-    run: Run, path: Path, data: RecordSource, config: ModelConfig
+    run: Run, data: RecordSource, config: ModelConfig, path: Path
 ) -> None:
     """Stores beside the model the tokens that the draft may propose."""
-    if jax.process_index() == 0:
-        answers = (record.tokens[record.loss_mask] for record in data)
-        counts = draft_vocab.count(answers, config.vocab_size)
-        ids = draft_vocab.choose(
-            counts, run.config.stage.draft_vocab_size, config.eos_token_ids
-        )
-        draft_vocab.save(path, ids)
-        share = 100 * counts[ids].sum() / max(counts.sum(), 1)
-        log.info("draft proposes %d tokens: %.2f%% of answers", len(ids), share)
+    answers = (record.tokens[record.loss_mask] for record in data)
+    counts = draft_vocab.count(answers, config.vocab_size)
+    ids = draft_vocab.choose(
+        counts, run.config.stage.draft_vocab_size, config.eos_token_ids
+    )
+    draft_vocab.save(path, ids)
+    share = 100 * counts[ids].sum() / max(counts.sum(), 1)
+    log.info("draft proposes %d tokens: %.2f%% of answers", len(ids), share)
 
 
 def _export(run: Run) -> Path:
@@ -344,8 +347,12 @@ def _train(
     start: Checkpoint,
     data: RecordSource,
     tokenizer: Tokenizer,
+    add: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Trains `start` as the stage says and saves the result; returns its folder."""
+    """Trains `start` as the stage says and saves the result; returns its folder.
+
+    `add` writes what else belongs to the model, before its folder has its name.
+    """
     if path := _finished(run, name):
         return path
     path = run.workdir.model(name)
@@ -386,11 +393,20 @@ def _train(
         key: value.astype(blueprint.storage_dtype(key))
         for key, value in (frozen | state.trainable).items()
     }
+
+    def complete(folder: Path) -> None:
+        if run.config.tokenizer:  # The one that the model was trained with.
+            tokenizer.save_pretrained(folder)
+        if add is not None:
+            add(folder)
+
     orbax_io.save_model(
-        path, start.config, blueprint.unstack(weights), assets_from=start.source
+        path,
+        start.config,
+        blueprint.unstack(weights),
+        assets_from=start.source,
+        add=complete,
     )
-    if run.config.tokenizer and jax.process_index() == 0:
-        tokenizer.save_pretrained(path)  # The one that the model was trained with.
     return path
 
 

@@ -254,7 +254,9 @@ class TestDamaged:
         half = checkpoints / "7.orbax-checkpoint-tmp"
         shutil.copytree(checkpoints / "6", half)
         _delete(half / "state" / "manifest.ocdbt")
+        shutil.copytree(half, checkpoints / "70.orbax-checkpoint-tmp")
         state, step_fn = run(folder, one_device)
+        assert _saved(folder) == [9, 10]
         assert step_fn.seen == list(range(6, 10))
         assert_same_state(state, undisturbed[1])
 

@@ -11,6 +11,7 @@ import shutil
 
 import numpy as np
 import pytest
+import transformers
 
 from configs import tiny
 from mil_jax import sharding
@@ -378,6 +379,24 @@ class TestReferences:
             stages._teacher(run, dataclasses.replace(start, config=odd))
 
 
+def test_model_has_its_tokenizer_before_its_name(tmp_path, monkeypatch):
+    """A kill while the configured tokenizer is written leaves no model without one."""
+    monkeypatch.setattr(Loop, "run", lambda self, state, *weights: state)
+    model = tmp_path / "pretrain" / "model"
+
+    def killed(self, folder, **_):
+        assert folder != model
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(_pretrain_config(), tmp_path)
+    assert not model.exists()
+    assert run_stage(_pretrain_config(), tmp_path) == model
+    assert len(load_tokenizer(model)) == 512
+
+
 class TestDraft:
     """What stage draft can start from, learn from and propose."""
 
@@ -386,7 +405,7 @@ class TestDraft:
         """Notes what would be trained on what."""
         calls = []
 
-        def train(run, name, folder, start, data, tokenizer):
+        def train(run, name, folder, start, data, tokenizer, add=None):
             calls.append((start, data, stages._teacher(run, start)))
             path = folder / "model"
             path.mkdir(exist_ok=True)
