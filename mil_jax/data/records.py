@@ -5,6 +5,7 @@ A folder holds `shard-00000.array_record`, `shard-00001.array_record`, ... and
 once the manifest lists it, so a killed writer loses at most the shard it was filling.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,6 +19,7 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from mil_jax import disk
 from mil_jax.config import from_config_dict
 from mil_jax.data.types import Example, Pair
 from mil_jax.errors import UserError
@@ -158,16 +160,18 @@ class RecordWriter:
             shard_size: Records per shard, at most that many are lost in a crash.
 
         Raises:
-            UserError: The folder belongs to another fingerprint or kind, or holds other
-                files.
+            UserError: The folder belongs to another fingerprint or kind, holds other
+                files, or cannot be written to.
         """
         if shard_size < 1:
             raise ValueError(f"shard_size is {shard_size}; it must be at least 1")
         self._directory = Path(directory)
         self._shard_size = shard_size
         self._writer: ArrayRecordWriter | None = None
+        self._manifest: Manifest | None = None
         self._pending = 0
-        self._directory.mkdir(parents=True, exist_ok=True)
+        with disk.writing(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
         has_manifest = (self._directory / MANIFEST).exists()
         if has_manifest and not holds_records(self._directory):
             # A writer that failed at its first record leaves the folder to anyone.
@@ -203,7 +207,7 @@ class RecordWriter:
     @property
     def num_written(self) -> int:
         """Records that are safe on disk: the index at which the caller goes on."""
-        return sum(self._manifest.counts)
+        return sum(self._manifest.counts) if self._manifest else 0
 
     @property
     def is_complete(self) -> bool:
@@ -223,9 +227,10 @@ class RecordWriter:
         kind = "example" if isinstance(record, Example) else "pair"
         if kind != self._manifest.kind:
             raise ValueError(f"got a record of kind {kind}, not {self._manifest.kind}")
-        if self._writer is None:
-            self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")
-        self._writer.write(serialize(record))
+        with self._writing():
+            if self._writer is None:
+                self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")
+            self._writer.write(serialize(record))
         self._pending += 1
         if self._pending == self._shard_size:
             self.flush()
@@ -234,11 +239,12 @@ class RecordWriter:
         """Ends the current shard early, so that all records so far are safe on disk."""
         if self._writer is None:
             return
-        self._writer.close()
-        self._writer = None
-        _sync(self._temporary)
         counts = (*self._manifest.counts, self._pending)
-        os.replace(self._temporary, shard_path(self._directory, len(counts) - 1))
+        with self._writing():
+            self._writer.close()  # Some of a failed write is told here only.
+            self._writer = None
+            disk.sync(self._temporary)
+            os.replace(self._temporary, shard_path(self._directory, len(counts) - 1))
         self._save(dataclasses.replace(self._manifest, counts=counts))
         self._pending = 0
 
@@ -251,11 +257,16 @@ class RecordWriter:
     def _save(self, manifest: Manifest) -> None:
         temporary = self._directory / f"{MANIFEST}.tmp"
         text = json.dumps(dataclasses.asdict(manifest), indent=2) + "\n"
-        temporary.write_text(text, "utf-8")
-        _sync(temporary)
-        os.replace(temporary, self._directory / MANIFEST)
-        _sync(self._directory)
+        with self._writing():
+            temporary.write_text(text, "utf-8")
+            disk.sync(temporary)
+            os.replace(temporary, self._directory / MANIFEST)
+            disk.sync(self._directory)
         self._manifest = manifest
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        kept = f"the same command then goes on after record {self.num_written}"
+        return disk.writing(self._directory, kept)
 
     def __enter__(self) -> "RecordWriter":
         """Returns the writer."""
@@ -271,19 +282,11 @@ class RecordWriter:
         if kind is None:
             self.finish()
         elif self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(RuntimeError):  # The error that brought us here.
+                self._writer.close()
             self._writer = None
             self._pending = 0
             self._temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class RecordSource(Sequence[Record]):
