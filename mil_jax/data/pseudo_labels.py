@@ -12,6 +12,7 @@ from mil_jax.data.types import Conversation, Example
 from mil_jax.generate.decode import generate
 from mil_jax.generate.sampler import Sampling
 from mil_jax.models.decoder import HybridLM
+from mil_jax.progress import progress
 
 # Batches per shard. Prompts of one shard are answered in the order of their lengths, so that
 # rows of a batch need about as much padding and end about together.
@@ -55,12 +56,8 @@ def write(
         directory, fingerprint=fingerprint, shard_size=shard_size
     ) as writer:
         start = writer.num_written
-        bar = tqdm(
-            total=len(prompts),
-            initial=start,
-            desc="pseudo_labels",
-            unit="prompt",
-            dynamic_ncols=True,
+        bar = progress(
+            total=len(prompts), initial=start, desc="pseudo_labels", unit="prompt"
         )
         with bar:
             for first in range(start, len(prompts), shard_size):

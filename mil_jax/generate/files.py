@@ -17,6 +17,7 @@ from mil_jax.data.row_files import JsonLines, RowError
 from mil_jax.errors import UserError
 from mil_jax.generate.engine import Engine
 from mil_jax.generate.plan import FORMS, Plan, request_of
+from mil_jax.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +71,8 @@ def answer_file(
         if records.count > len(rows):
             raise UserError(f"{target} has more lines than {source}; remove it")
         engine = None if records.count == len(rows) else load(plan)
-        bar = tqdm(
-            total=len(rows),
-            initial=records.count,
-            desc="generate",
-            unit="prompt",
-            dynamic_ncols=True,
+        bar = progress(
+            total=len(rows), initial=records.count, desc="generate", unit="prompt"
         )
         size = BATCHES_PER_CHUNK * batch_size
         with bar:

@@ -23,6 +23,7 @@ from mil_jax import sharding
 from mil_jax.checkpoint.orbax_io import RunCheckpoints
 from mil_jax.errors import UserError
 from mil_jax.models.decoder import Blueprint
+from mil_jax.progress import progress
 from mil_jax.train import state as state_lib
 from mil_jax.train.state import TrainState, Weights
 from mil_jax.train.step import TrainStep
@@ -162,16 +163,16 @@ class Loop:
                     ": lower optimizer.lr or look at that batch"
                 )
         rate = logs.write(step, values, size)
-        bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:,.0f} tok/s")
+        text = f"loss {values['loss']:.4f}, {rate:,.0f} tok/s"
+        bar.set_postfix_str(text, refresh=False)
         bar.update()
 
     def _progress(self, start: int) -> tqdm:
-        return tqdm(
+        return progress(
             total=self.num_steps,
             initial=start,
             desc=self.name,
             unit="step",
-            dynamic_ncols=True,
             disable=jax.process_index() != 0,
         )
 

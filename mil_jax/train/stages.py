@@ -20,7 +20,6 @@ import grain
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from mil_jax import evaluate as evaluation
 from mil_jax import sharding, surgery
@@ -43,6 +42,7 @@ from mil_jax.generate import draft_vocab
 from mil_jax.generate.sampler import Sampling
 from mil_jax.models import decoder
 from mil_jax.models.decoder import Blueprint, HybridLM
+from mil_jax.progress import progress
 from mil_jax.train import state as state_lib
 from mil_jax.train.loop import Loop
 from mil_jax.train.step import (
@@ -506,7 +506,8 @@ def _records(
         with RecordWriter(directory, fingerprint=fingerprint, kind=kind) as writer:
             if not writer.is_complete:
                 skip = writer.num_written
-                for i, record in enumerate(tqdm(encoded, "tokenize", total)):
+                bar = progress(encoded, desc="tokenize", total=total, unit="record")
+                for i, record in enumerate(bar):
                     if i >= skip:
                         writer.write(record)
     if jax.process_count() > 1:
