@@ -4,34 +4,64 @@ import importlib.util
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
+from typing import NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+from mil_jax import disk
 from mil_jax.config import RunConfig, from_config_dict
 from mil_jax.errors import UserError
 
 
-def run_app(entry: Callable[[Sequence[str]], None]) -> None:
-    """Runs `entry` under absl; user errors become one line and exit status 2."""
+def run_app(entry: Callable[[Sequence[str]], None], *, after_stop: str = "") -> None:
+    """Runs `entry` under absl; what a user can mend becomes one line.
+
+    The exit status is 2 after an error and, as shells have it, 128 and the signal's number
+    after Ctrl-C or SIGTERM, which both end `entry` by a `KeyboardInterrupt`.
+
+    Args:
+        entry: Gets the arguments.
+        after_stop: What a user may do after one of these signals.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    received = [signal.SIGINT]
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        received.append(signal.Signals(number))
+        raise KeyboardInterrupt
 
     def run(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
         _set_up_logging()
+        signal.signal(signal.SIGTERM, stop)
         entry(argv)
 
     try:
         app.run(run, flags_parser=_parse_flags)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error}", 2)
+    except OSError as error:
+        if error.errno not in disk.IN_THE_WAY:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _end(f"error: {where}{error.strerror}; check the disk and your rights", 2)
+    except KeyboardInterrupt:
+        then = f"; {after_stop}" if after_stop else ""
+        _end(f"\nstopped by {received[-1].name}{then}", 128 + received[-1])
+
+
+def _end(message: str, status: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(status)
 
 
 def read_config(flag: flags.FlagHolder) -> RunConfig:
@@ -119,6 +149,9 @@ class _AboveProgressBar(logging.Handler):
 def _set_up_logging() -> None:
     """Shows this project's messages bare, and of libraries only warnings."""
     absl_logging.set_verbosity(absl_logging.WARNING)
+    # Orbax prints every failure in pages before it raises it.
+    handler = absl_logging.get_absl_handler()
+    handler.addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
     for name in ("mil_jax", "pallas_kernels"):
         handler = _AboveProgressBar()
         handler.setFormatter(logging.Formatter("%(message)s"))

@@ -10,8 +10,9 @@ from pathlib import Path
 from mil_jax.errors import UserError
 
 _SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Told in words alone by libraries that write from C++ or Rust.
-_IN_WORDS = (*_SPACE, errno.EROFS, errno.EACCES, errno.EIO)
+_RIGHTS = (errno.EROFS, errno.EACCES, errno.EPERM)
+# What a user can mend, or at least must hear of.
+IN_THE_WAY = (*_SPACE, *_RIGHTS, errno.EIO)
 
 
 def try_lock(descriptor: int) -> bool:
@@ -47,19 +48,26 @@ def writing(path: Path, then: str = "") -> Iterator[None]:
         code = system_error(error)
         if code is None:
             raise
-        what = "free some space" if code in _SPACE else "make it writable"
+        what = "choose another place"
+        if code in _SPACE:
+            what = "free some space"
+        elif code in _RIGHTS:
+            what = f"make it writable or {what}"
         raise UserError(
             f"cannot write {path} ({os.strerror(code)}); {what}{then and f', {then}'}"
         ) from error
 
 
 def system_error(error: BaseException) -> int | None:
-    """Returns the system's error number behind an exception, if there is one."""
+    """Returns the system's error number behind an exception, if there is one.
+
+    Libraries that write from C++ or Rust tell it in words alone.
+    """
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, OSError) and found.errno:
             return found.errno
-        for code in _IN_WORDS:
+        for code in IN_THE_WAY:
             if os.strerror(code) in str(found):
                 return code
         found = found.__cause__

@@ -41,4 +41,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_app(main)
+    cli.run_app(main, after_stop="the same command goes on with what is finished")

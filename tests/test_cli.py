@@ -152,6 +152,64 @@ class TestFlags:
         assert "line 2, in get_config" in done.stderr and "'one'" in done.stderr
 
 
+class TestEnds:
+    """Programs under `run_app` that fail or are stopped."""
+
+    PROGRAM = """
+import os, pathlib, resource, signal, sys
+from mil_jax import cli
+
+def main(argv):
+    what = pathlib.Path.cwd().name
+    if what == "checkpoint":
+        import numpy as np
+        from mil_jax.checkpoint.orbax_io import RunCheckpoints
+        checkpoints = RunCheckpoints(pathlib.Path("steps"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, -1))
+        checkpoints.save(1, {"a": np.random.default_rng(0).normal(size=500_000)}, {})
+        checkpoints.close()
+    elif what == "file":
+        raise PermissionError(13, "Permission denied", "answers")
+    else:
+        os.kill(os.getpid(), getattr(signal, what))
+
+cli.run_app(main, after_stop="the same command goes on")
+"""
+
+    @pytest.mark.parametrize(
+        ("what", "status", "message"),
+        [
+            (
+                "checkpoint",
+                2,
+                "error: cannot write steps (File too large); free some space, the same "
+                "command then goes on from the start",
+            ),
+            (
+                "file",
+                2,
+                "error: answers: Permission denied; check the disk and your rights",
+            ),
+            ("SIGTERM", 143, "stopped by SIGTERM; the same command goes on"),
+            ("SIGINT", 130, "stopped by SIGINT; the same command goes on"),
+        ],
+    )
+    def test_one_line(self, tmp_path, what, status, message):
+        """Nothing of what Orbax prints before it raises, and no traceback."""
+        folder = tmp_path / what
+        folder.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", self.PROGRAM],
+            cwd=folder,
+            env=process.environment("") | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == status, done.stderr
+        assert done.stderr.strip() == message
+
+
 class TestStages:
     def test_missing_stage_before(self, tmp_path):
         labels = tmp_path / "pseudo_labels" / "data"
