@@ -1,6 +1,6 @@
 """The teacher answers prompts; its answers are the data of stage 1 (paper Sec. 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ def write(
     directory: Path,
     *,
     fingerprint: str,
+    inputs: Mapping[str, str] | None = None,
     batch_size: int,
     max_new_tokens: int,
     max_length: int,
@@ -44,6 +45,7 @@ def write(
         prompts: Chats that end in a user turn.
         directory: Of the records.
         fingerprint: Names all that the answers depend on.
+        inputs: As `RecordWriter` takes them.
         batch_size: Prompts answered together.
         max_new_tokens: Limit on an answer; one that reaches it ends without EOS.
         max_length: Of prompt and answer. A longer prompt is recorded without an answer,
@@ -53,7 +55,7 @@ def write(
     """
     shard_size = BATCHES_PER_SHARD * batch_size
     with RecordWriter(
-        directory, fingerprint=fingerprint, shard_size=shard_size
+        directory, fingerprint=fingerprint, shard_size=shard_size, inputs=inputs
     ) as writer:
         start = writer.num_written
         bar = progress(

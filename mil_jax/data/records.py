@@ -7,10 +7,11 @@ once the manifest lists it, so a killed writer loses at most the shard it was fi
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, overload
@@ -83,6 +84,7 @@ class Manifest:
         counts: Records per finished shard.
         complete: Whether the writer reached its end.
         version: Format of the manifest and the records.
+        inputs: Files that the records were made from, each with its content's digest.
     """
 
     kind: Kind
@@ -90,6 +92,7 @@ class Manifest:
     counts: tuple[int, ...] = ()
     complete: bool = False
     version: int = VERSION
+    inputs: tuple[tuple[str, ...], ...] = ()
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
@@ -149,6 +152,7 @@ class RecordWriter:
         fingerprint: str,
         kind: Kind = "example",
         shard_size: int = 1024,
+        inputs: Mapping[str, str] | None = None,
     ) -> None:
         """Opens a new folder or one that an earlier writer left.
 
@@ -158,9 +162,10 @@ class RecordWriter:
                 model, sampling settings); records of two fingerprints never mix.
             kind: Whether records are examples or pairs.
             shard_size: Records per shard, at most that many are lost in a crash.
+            inputs: Files that the records are made from, with their contents' digests.
 
         Raises:
-            UserError: The folder belongs to another fingerprint or kind, holds other
+            UserError: The folder belongs to another fingerprint, kind or content, holds other
                 files, or cannot be written to.
         """
         if shard_size < 1:
@@ -172,14 +177,15 @@ class RecordWriter:
         self._pending = 0
         with disk.writing(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
+        new = Manifest(kind, fingerprint, inputs=tuple((inputs or {}).items()))
         has_manifest = (self._directory / MANIFEST).exists()
         if has_manifest and not holds_records(self._directory):
             # A writer that failed at its first record leaves the folder to anyone.
-            self._save(Manifest(kind, fingerprint))
+            self._save(new)
             self._temporary.unlink(missing_ok=True)
         elif has_manifest:
             self._manifest = read_manifest(self._directory)
-            self._check_same(fingerprint, kind)
+            self._check_same(new)
             self._temporary.unlink(missing_ok=True)
         elif leftover := [p.name for p in self._directory.glob("*.array_record")]:
             raise UserError(
@@ -187,16 +193,25 @@ class RecordWriter:
                 "choose an empty folder"
             )
         else:
-            self._save(Manifest(kind, fingerprint))
+            self._save(new)
 
-    def _check_same(self, fingerprint: str, kind: Kind) -> None:
+    def _check_same(self, new: Manifest) -> None:
         old = self._manifest
-        if (old.fingerprint, old.kind) != (fingerprint, kind):
+        if (old.fingerprint, old.kind) != (new.fingerprint, new.kind):
             raise UserError(
                 f"{self._directory} holds records of another run (kind {old.kind}, "
-                f"fingerprint {old.fingerprint}; this run: {kind}, {fingerprint}); "
-                "choose another folder or delete this one"
+                f"fingerprint {old.fingerprint}; this run: {new.kind}, "
+                f"{new.fingerprint}); choose another folder or delete this one"
             )
+        before, now = dict(old.inputs), dict(new.inputs)
+        for name in sorted(before.keys() | now.keys() if before else ()):
+            if before.get(name) != now.get(name):
+                what = "has changed" if name in before else "is new"
+                raise UserError(
+                    f"{name} {what if name in now else 'is gone'} since "
+                    f"{self._directory} was made of it; put the data back as it was, or "
+                    f"delete {self._directory.parent} to start over"
+                )
         for i in range(len(old.counts)):
             if not shard_path(self._directory, i).exists():
                 raise UserError(
@@ -316,7 +331,7 @@ class RecordSource(Sequence[Record]):
             raise UserError(
                 f"{directory} holds no records; check the input of its writer"
             )
-        paths = [shard_path(directory, i) for i in range(len(counts))]
+        self._paths = paths = [shard_path(directory, i) for i in range(len(counts))]
         for path in paths:
             if not path.exists():
                 raise UserError(f"{path} is missing; write the records again")
@@ -333,6 +348,14 @@ class RecordSource(Sequence[Record]):
                 f"{directory} holds {found} records but its manifest says "
                 f"{sum(counts)}; write the records again"
             )
+
+    def digest(self) -> str:
+        """Returns a digest of all records, to tell when they were made anew."""
+        total = hashlib.sha256()
+        for path in self._paths:
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()[:16]
 
     def __len__(self) -> int:
         """Number of records."""

@@ -53,6 +53,8 @@ class Loop:
         num_steps: Where to stop.
         checkpoint_every: Steps between checkpoints; the last step always writes one.
         mesh: Devices.
+        data: Digest of what the batches are made of; a checkpoint holds it, so that a run
+            does not go on over other data.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Loop:
     num_steps: int
     checkpoint_every: int
     mesh: Mesh
+    data: str = ""
 
     def run(
         self, state: TrainState, frozen: Weights, teacher: Weights | None
@@ -115,7 +118,8 @@ class Loop:
                 self._report(*waiting, logs, bar)
                 waiting = None
                 on_disk = state_lib.to_disk(self.blueprint, state)
-                checkpoints.save(done, on_disk, {"step": done})
+                position = {"step": done, "data": self.data}
+                checkpoints.save(done, on_disk, position)
                 last_saved = done
             if is_stopped:
                 checkpoints.close()
@@ -136,6 +140,11 @@ class Loop:
             state_lib.to_disk(self.blueprint, state),
         )
         on_disk, position = checkpoints.restore(step, abstract)
+        if position.get("data", self.data) != self.data:
+            raise UserError(
+                f"{self.folder / CHECKPOINTS} was trained on other records than the stage "
+                f"has now: put those back, or delete {self.folder} to start over"
+            )
         log.info("%s: continuing after step %d", self.name, step)
         return state_lib.from_disk(self.blueprint, on_disk, state), position["step"]
 

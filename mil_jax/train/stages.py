@@ -21,8 +21,8 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from mil_jax import disk, sharding, surgery
 from mil_jax import evaluate as evaluation
-from mil_jax import sharding, surgery
 from mil_jax.array_types import Params
 from mil_jax.checkpoint import hf_export, models, orbax_io
 from mil_jax.checkpoint.hf_import import Checkpoint
@@ -135,6 +135,7 @@ def _pseudo_labels(run: Run) -> Path:
             [config.teacher, config.data.prompts, stage.max_new_tokens, stage.length]
             + [*dataclasses.astuple(sampling), config.seed]
         ),
+        inputs=sources.digests(spec),
         batch_size=stage.batch_size,
         max_new_tokens=stage.max_new_tokens,
         max_length=stage.length,
@@ -314,7 +315,8 @@ def _evaluate(run: Run) -> Path:
     folder = run.workdir.stage("evaluate")
     folder.mkdir(parents=True, exist_ok=True)
     result = {"model": str(path), "data": spec, **dataclasses.asdict(scores)}
-    (folder / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
+    with disk.writing(folder):
+        (folder / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
     log.info("%s", result)
     return folder
 
@@ -387,6 +389,7 @@ def _train(
         num_steps=num_steps,
         checkpoint_every=stage.checkpoint_every,
         mesh=run.mesh,
+        data=data.digest(),
     )
     state = loop.run(state, frozen, teacher)
     weights = {
@@ -503,7 +506,10 @@ def _records(
     directory = folder / DATA
     if jax.process_index() == 0:
         fingerprint = json.dumps([spec, run.config.tokenizer or run.config.teacher])
-        with RecordWriter(directory, fingerprint=fingerprint, kind=kind) as writer:
+        inputs = sources.digests(spec)
+        with RecordWriter(
+            directory, fingerprint=fingerprint, kind=kind, inputs=inputs
+        ) as writer:
             if not writer.is_complete:
                 skip = writer.num_written
                 bar = progress(encoded, desc="tokenize", total=total, unit="record")

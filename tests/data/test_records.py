@@ -247,6 +247,37 @@ class TestErrors:
         with pytest.raises(UserError, match="choose another folder or delete"):
             RecordWriter(tmp_path, fingerprint="f", kind="pair")
 
+    def test_edited_inputs(self, tmp_path):
+        """Files that changed, came or went; folders that named none are left in peace."""
+        folder = tmp_path / "stage" / "data"
+        old = {"a.jsonl": "1", "b.jsonl": "2"}
+        _write(folder, 3, inputs=old)
+        for new, problem in (
+            ({"a.jsonl": "1", "b.jsonl": "3"}, "b.jsonl has changed"),
+            ({"a.jsonl": "1"}, "b.jsonl is gone"),
+            (old | {"c.jsonl": "1"}, "c.jsonl is new"),
+        ):
+            with pytest.raises(UserError) as error:
+                _write(folder, 3, inputs=new)
+            assert str(error.value) == (
+                f"{problem} since {folder} was made of it; put the data back as it was, "
+                f"or delete {tmp_path}/stage to start over"
+            )
+        assert _write(folder, 3, inputs=old).is_complete
+        _write(tmp_path / "other", 3)
+        assert _write(tmp_path / "other", 3, inputs=old).is_complete
+
+    def test_digest_is_of_the_content(self, tmp_path):
+        digests = []
+        for i, shift in enumerate((0, 0, 1)):
+            with RecordWriter(tmp_path / str(i), fingerprint="f") as writer:
+                for k in range(3):
+                    writer.write(
+                        Example(_example(k).tokens + shift, _example(k).loss_mask)
+                    )
+            digests.append(RecordSource(tmp_path / str(i)).digest())
+        assert digests[0] == digests[1] != digests[2]
+
     def test_shards_without_manifest(self, tmp_path):
         (tmp_path / "x.array_record").write_bytes(b"")
         with pytest.raises(UserError, match="holds x.array_record but no manifest"):

@@ -121,6 +121,20 @@ class TestContinued:
         run(tmp_path, one_device)
         assert _losses(tmp_path) == _losses(undisturbed[0])
 
+    def test_other_data_is_refused(self, undisturbed, tmp_path, one_device):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, one_device, stop_at=8, data="a")
+        with pytest.raises(UserError) as error:
+            run(tmp_path, one_device, data="b")
+        assert str(error.value) == (
+            f"{tmp_path}/checkpoints was trained on other records than the stage has now: "
+            f"put those back, or delete {tmp_path} to start over"
+        )
+        assert _saved(tmp_path) == [3, 6]
+        state, step_fn = run(tmp_path, one_device, data="a")
+        assert step_fn.seen == list(range(6, 10))
+        assert_same_state(state, undisturbed[1])
+
     def test_longer_run_goes_on(self, undisturbed, tmp_path, one_device):
         """The end of a run is no special step."""
         run(tmp_path, one_device, num_steps=5)

@@ -472,6 +472,21 @@ class TestDraft:
         run_stage(config_of("draft", chain.teacher, **changes), tmp_path)
         np.testing.assert_array_equal(draft_vocab.load(path), ids)
 
+    def test_edited_data(self, tmp_path, train):
+        """Under the same name, at the same size."""
+        file = tmp_path / "chats.jsonl"
+        lines = [json.dumps({"prompt": "hi", "completion": "you"})] * 8
+        file.write_text("\n".join(lines))
+        config = config_of("draft", data__conversations=str(file))
+        run_stage(config, tmp_path)
+        run_stage(config, tmp_path)
+        file.write_text("\n".join(lines).replace("you", "she"))
+        with pytest.raises(
+            UserError, match="chats.jsonl has changed since .*draft/data"
+        ):
+            run_stage(config, tmp_path)
+        assert len(train) == 2
+
     def test_on_the_targets_own_answers(self, chain, tmp_path, train):
         """A hybrid takes the teacher's place in a workdir of its own."""
         target = chain.path / "dpo" / "model"

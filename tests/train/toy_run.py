@@ -57,7 +57,9 @@ class Steps:
         return state, metrics
 
 
-def run(folder, mesh, num_steps=10, *, checkpoint_every=3, stop_at=None, **steps):
+def run(
+    folder, mesh, num_steps=10, *, checkpoint_every=3, stop_at=None, data="", **steps
+):
     """Runs or continues; returns the state on disk's layout and the step function.
 
     `stop_at` is a batch that cannot be read: as good as a kill.
@@ -83,6 +85,7 @@ def run(folder, mesh, num_steps=10, *, checkpoint_every=3, stop_at=None, **steps
         num_steps=num_steps,
         checkpoint_every=checkpoint_every,
         mesh=mesh,
+        data=data,
     )
     state = loop.run(state, frozen, None)
     return state_lib.to_disk(blueprint, state), step_fn
