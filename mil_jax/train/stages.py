@@ -26,7 +26,7 @@ from mil_jax import evaluate as evaluation
 from mil_jax.array_types import Params
 from mil_jax.checkpoint import hf_export, models, orbax_io
 from mil_jax.checkpoint.hf_import import Checkpoint
-from mil_jax.config import ModelConfig, RunConfig
+from mil_jax.config import ComputeConfig, ModelConfig, RunConfig
 from mil_jax.data import pipeline, pseudo_labels, sources
 from mil_jax.data.chat import (
     Example,
@@ -79,13 +79,25 @@ def run_stage(config: RunConfig, workdir: str | Path) -> Path:
     Raises:
         UserError: The config or its inputs are wrong, or the folder belongs to another one.
     """
-    mesh = config.mesh
-    run = Run(
-        config,
-        Workdir(Path(workdir)),
-        sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor),
-    )
-    return STAGES[config.stage.name](run)
+    _check_device(config.compute)
+    sizes = config.mesh
+    mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+    with Workdir(Path(workdir)) as folders:
+        return STAGES[config.stage.name](Run(config, folders, mesh))
+
+
+def _check_device(compute: ComputeConfig) -> None:
+    """Finds an implementation that is not for this device before there is any work."""
+    device = jax.default_backend()
+    for key, value in (
+        ("implementation", "pallas_triton"),
+        ("attention", "cudnn"),
+    ):
+        if getattr(compute, key) == value and device != "gpu":
+            raise UserError(
+                f"compute.{key} is {value!r}, which needs an NVIDIA GPU, and this is a "
+                f"{device}; auto takes what runs here"
+            )
 
 
 def _pretrain(run: Run) -> Path:

@@ -281,7 +281,6 @@ class TestAgain:
             ("stage.optimizer.lr", 2e-4, 2e-3),
             ("stage.batch_size", 4, 8),
             ("data.conversations", "demo:train:16:16", "demo:train:0:9"),
-            ("conversion.mixer", "mamba", "mamba2"),
         ],
     )
     def test_another_config_is_refused(self, chain, no_work, key, old, new):
@@ -292,6 +291,18 @@ class TestAgain:
         assert f"another config: {key} was {old!r}, now {new!r}" in str(error.value)
         assert str(chain.path / "sft") in str(error.value)
         assert _contents(chain.path) == before
+
+    @pytest.mark.parametrize(
+        ("key", "value"), [("implementation", "pallas_triton"), ("attention", "cudnn")]
+    )
+    def test_what_needs_another_device(self, tmp_path, key, value):
+        config = config_of("sft", **{f"compute__{key}": value})
+        with pytest.raises(UserError) as error:
+            run_stage(config, tmp_path)
+        assert str(error.value) == (
+            f"compute.{key} is {value!r}, which needs an NVIDIA GPU, and this is a cpu; "
+            "auto takes what runs here"
+        )
 
     def test_export_is_not_overwritten(self, chain, tmp_path):
         """Again it is left as it is; a newer model is not written over it."""
