@@ -89,8 +89,15 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
         raise _flag_error(error) from None
     except (AttributeError, KeyError) as error:
         raise _unknown_key(error, argv) from None
-    except ValueError as error:
-        raise UserError(f"{' '.join(str(error).split())}; see --help") from None
+    except (TypeError, ValueError) as error:
+        raise _no_value(error) or _plain(error) from None
+    except SyntaxError as error:
+        if str(error.filename).endswith(".py"):
+            raise  # A slip in the config file: its traceback shows where.
+        raise UserError(
+            f"the file of --config, {error.filename}, is no Python file; give one such as "
+            "configs/demo.py:stage=distill"
+        ) from None
     except ImportError as error:
         raise UserError(
             f"the config file needs a module that is not there ({error}); run from the "
@@ -100,7 +107,48 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
         raise _no_config_file(error) from None
 
 
+# By what `ml_collections` calls the type of a value.
+_EXPECTED = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "tuple": "a tuple such as (0,1) or ((0,),(0,2))",
+    "string": "single keys, as --config.stage.batch_size=8",  # Of a group of keys.
+}
+
+
+def _plain(error: Exception) -> Exception:
+    if isinstance(error, TypeError):
+        return error  # A slip in the config file: its traceback shows where.
+    return UserError(f"{' '.join(str(error).split())}; see --help")
+
+
+def _no_value(error: Exception) -> UserError | None:
+    """Returns what to do about a key that is None in the config, such as `architecture`."""
+    found = re.search(r"NoneType.* field config\.([\w.]+)", str(error))
+    found = found or re.search(r"Override ([\w.]+) can not be applied", str(error))
+    if not found:
+        return None
+    return UserError(
+        f"config key {found[1]} cannot be given as a flag, for it has no value in the "
+        "config file; set it there"
+    )
+
+
+def _wrong_value(error: flags.Error) -> UserError | None:
+    """Returns what a key of the config should be instead."""
+    found = re.match(r"flag --(config\.[\w.]+)=(.*?): ", str(error), re.DOTALL)
+    if not found or found[1] not in flags.FLAGS:
+        return None
+    expected = _EXPECTED.get(flags.FLAGS[found[1]].parser.flag_type())
+    if not expected:
+        return None
+    return UserError(f"--{found[1]} is {found[2]!r}; expected {expected}")
+
+
 def _flag_error(error: flags.Error) -> Exception:
+    if known := _wrong_value(error) or _no_value(error):
+        return known
     first, *rest = str(error).strip().splitlines()
     if not rest:
         return UserError(f"{first}; see --help")
@@ -114,6 +162,8 @@ def _unknown_key(error: Exception, argv: Sequence[str]) -> UserError:
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     text = error.args[0]
+    if inside := re.search(r"Attempting to lookup: (([\w.]+)\.\w+)", text):
+        raise UserError(f"config key {inside[2]} has no keys of its own: {inside[1]}")
     found = re.search(r"'(\w+)'", text)
     key = found[1] if found else text
     names = [arg.partition("=")[0] for arg in argv]

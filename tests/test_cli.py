@@ -88,8 +88,36 @@ class TestFlags:
             ),
             (
                 (CONFIG, "--config.stage.batch_size=many", "--workdir={tmp}"),
-                "flag --config.stage.batch_size=many: invalid literal for int() with base "
-                "10: 'many'; see --help",
+                "--config.stage.batch_size is 'many'; expected an integer",
+            ),
+            (
+                (CONFIG, "--config.stage.batch_size.x=1", "--workdir={tmp}"),
+                "config key stage.batch_size has no keys of its own: stage.batch_size.x",
+            ),
+            (
+                (CONFIG, "--config.conversion.steps=((0,", "--workdir={tmp}"),
+                "--config.conversion.steps is '((0,'; expected a tuple such as (0,1) or "
+                "((0,),(0,2))",
+            ),
+            (
+                (CONFIG, "--config.stage=distill", "--workdir={tmp}"),
+                "--config.stage is 'distill'; expected single keys, as "
+                "--config.stage.batch_size=8",
+            ),
+            (
+                (CONFIG, "--config.architecture.d_ff=3", "--workdir={tmp}"),
+                "config key architecture.d_ff cannot be given as a flag, for it has no "
+                "value in the config file; set it there",
+            ),
+            (
+                (CONFIG, "--config.compute.implementation=triton", "--workdir={tmp}"),
+                "config key compute.implementation is 'triton'; expected one of ('auto', "
+                "'pallas_triton', 'xla_chunked', 'reference')",
+            ),
+            (
+                ("--config=README.md", "--workdir={tmp}"),
+                "the file of --config, README.md, is no Python file; give one such as "
+                "configs/demo.py:stage=distill",
             ),
             (
                 (CONFIG, "--config.stage.accumulate=3", "--workdir={tmp}"),
