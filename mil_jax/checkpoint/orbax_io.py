@@ -85,9 +85,12 @@ def load_model(path: Path) -> tuple[ModelConfig, Params]:
     """
     config = read_config(path)
     with ocp.StandardCheckpointer() as checkpointer:
-        with _readable(path / WEIGHTS):
+        remedy = f"copy it again, or delete {path} and run its stage again"
+        with _readable(path / WEIGHTS, remedy):
             metadata = checkpointer.metadata((path / WEIGHTS).absolute())
             tree = getattr(metadata, "item_metadata", metadata)
+            if tree is None:
+                raise FileNotFoundError("what it holds is not said")
             abstract = {
                 name: np.empty((0,), leaf.dtype).dtype for name, leaf in tree.items()
             }
@@ -159,7 +162,8 @@ class RunCheckpoints:
             state=ocp.args.StandardRestore(abstract_state),
             position=ocp.args.JsonRestore(),
         )
-        with _readable(self._directory / str(step)):
+        remedy = "delete it to go on from the one before"
+        with _readable(self._directory / str(step), remedy):
             restored = self._manager.restore(step, args=items)
         return restored.state, restored.position
 
@@ -207,7 +211,7 @@ def read_config(path: Path) -> ModelConfig:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(path: Path, remedy: str) -> Iterator[None]:
     """Turns Orbax's many ways of failing on damaged files into one line."""
     try:
         yield
@@ -226,5 +230,5 @@ def _readable(path: Path) -> Iterator[None]:
         reason = " ".join(str(cause).split())[:200]
         raise UserError(
             f"checkpoint {path} cannot be read ({type(cause).__name__}: {reason}); it is "
-            "damaged or half-written: delete it to go on from the one before"
+            f"damaged or half-written: {remedy}"
         ) from error

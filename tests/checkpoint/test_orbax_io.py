@@ -241,6 +241,10 @@ class TestDamagedModels:
             load_model(copy)
         message = str(error.value)
         assert str(copy / "weights") in message and "damaged" in message
+        assert message.endswith(
+            f"copy it again, or delete {copy} and run its stage again"
+        )
+        assert "NoneType" not in message
         assert "\n" not in message
 
 
