@@ -107,8 +107,6 @@ def main(argv: Sequence[str]) -> None:
             return
         source, target = Path(_INPUT.value), Path(_OUTPUT.value)
         num_errors = answer_file(options, source, target, _BATCH_SIZE.value)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
