@@ -7,14 +7,16 @@ import gc
 import json
 import os
 import shutil
+import socket
 from contextlib import nullcontext
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checks import disk, tiny
+from checks import disk, process, tiny
 
 from mil_jax.checkpoint import models, orbax_io
 from mil_jax.checkpoint.orbax_io import RunCheckpoints, load_model, save_model
@@ -194,6 +196,25 @@ class TestModels:
                 save_model(path, CONFIG, params, add=add)
             assert path.exists() is not fails
         assert (path / "more").read_text() == "1"
+
+    def test_every_process_finds_the_whole_folder(self, tmp_path):
+        """Two for real; the one that names the folder is slow."""
+        with socket.socket() as listener:
+            listener.bind(("localhost", 0))
+            port = listener.getsockname()[1]
+        env = process.environment(tmp_path / "compiled")
+        program = Path(__file__).with_name("two_processes.py")
+        started = [
+            process.start([program, tmp_path / "model", port, i], env) for i in range(2)
+        ]
+        try:
+            for one in reversed(started):  # The one that may be too early.
+                out, err = one.communicate(timeout=60)
+                assert one.returncode == 0, err
+                assert out.splitlines()[-1] == "0"
+        finally:
+            for one in started:
+                one.kill()
 
     def test_folder_that_is_no_model(self, tmp_path):
         assert not orbax_io.is_model_dir(tmp_path)
