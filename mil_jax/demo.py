@@ -262,4 +262,7 @@ def _plot(workdir: Workdir, report: dict[str, Any]) -> Path:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    run_app(functools.partial(main, flags.FLAGS))
+    run_app(
+        functools.partial(main, flags.FLAGS),
+        after_stop="the same command goes on from the last checkpoint",
+    )

@@ -52,4 +52,7 @@ def main(given: flags.FlagValues, argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    cli.run_app(functools.partial(main, flags.FLAGS))
+    cli.run_app(
+        functools.partial(main, flags.FLAGS),
+        after_stop="the same command goes on with what is finished",
+    )

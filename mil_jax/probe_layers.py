@@ -19,7 +19,6 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from mil_jax import benchmarking
 from mil_jax.checkpoint import models
@@ -31,6 +30,7 @@ from mil_jax.data.chat import Tokenizer, load_tokenizer
 from mil_jax.data.types import Conversation
 from mil_jax.evaluate import answer_nll
 from mil_jax.models import decoder
+from mil_jax.progress import progress
 
 BATCH = 64
 
@@ -57,7 +57,7 @@ def main(given: flags.FlagValues, argv: Sequence[str]) -> None:
     rows = []
     kinds = teacher.config.layer_types
     layers = [None, *(i for i, kind in enumerate(kinds) if kind == "attention")]
-    for layer in tqdm(layers, desc="probe layers", unit="layer", dynamic_ncols=True):
+    for layer in progress(layers, desc="probe layers", unit="layer"):
         row = {"teacher": config.teacher, "silent_layer": layer}
         row |= silence(teacher, layer, config.compute, tokenizer, chats)
         row |= {"evaluated_on": config.data.evaluation, "conversations": len(chats)}

@@ -81,8 +81,6 @@ def main(given: flags.FlagValues, argv: Sequence[str]) -> None:
             return
         source, target = Path(given.input), Path(given.output)
         num_errors = answer_file(options, source, target, given.batch_size)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -171,7 +169,7 @@ def answer_file(options: "Options", source: Path, target: Path, batch_size: int)
     done = files.answer_file(plan, engine.load, source, target, batch_size=batch_size)
     if done.engine is None:
         logger.info("%s was complete already", target)
-    else:
+    elif done.engine.speed.prompt_tokens:
         logger.info(done.engine.speed.line())
     if done.errors:
         text = "%d of %d lines of %s have an error instead of an answer"
