@@ -10,6 +10,7 @@ versions and the machine that gave it.
 
 import functools
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,9 @@ from mil_jax.train.workdir import Workdir
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
+# By its name in the package also where it is run as a program.
+logger = logging.getLogger("mil_jax.demo")
+
 STAGES = ("pseudo_labels", "distill", "sft", "dpo", "draft", "export")
 DRAFT_TOKENS = 4
 SHOWN = 6
@@ -64,7 +68,8 @@ def main(given: flags.FlagValues, argv: Sequence[str]) -> None:
             RunConfig, configs.get_config(f"stage={stage}").to_dict()
         )
 
-    for stage in STAGES:
+    for i, stage in enumerate(STAGES):
+        logger.info("stage %d of %d: %s", i + 1, len(STAGES), stage)
         clock.time(stage, lambda stage=stage: run_stage(config_of(stage), workdir.path))
     report = clock.time(
         "evaluate", lambda: _compare(config_of("evaluate"), workdir, Console())

@@ -82,7 +82,6 @@ def run_stage(config: RunConfig, workdir: str | Path) -> Path:
     _check_device(config.compute)
     sizes = config.mesh
     mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
-    log.info("stage %s", config.stage.name)
     with Workdir(Path(workdir)) as folders:
         return STAGES[config.stage.name](Run(config, folders, mesh))
 
