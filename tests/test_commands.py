@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in sorted((ROOT / "mil_jax").rglob("*.py"))
-    if "run_app(functools.partial(main" in path.read_text()
+    if "\n    define_flags(flags.FLAGS)\n" in path.read_text()
 ]
 
 
