@@ -15,6 +15,7 @@ from mil_jax import sharding
 from mil_jax.config import ComputeConfig
 from pallas_kernels.multi_step.columns import Columns
 from pallas_kernels.narrow_product import is_kept_by_output, narrow_product
+from pallas_kernels.norms import rms_norm
 from pallas_kernels.residual_norm.api import residual_norm
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
@@ -346,16 +347,3 @@ class Unnormed(NamedTuple):
 def normed(x: Float[Array, "*B D"] | Unnormed) -> Float[Array, "*B D"]:
     """Returns the input after its norm."""
     return x.norm(x.h) if isinstance(x, Unnormed) else x
-
-
-def rms_norm(
-    x: Float[Array, "*B D"], scale: Float[Array, "..."], eps: float
-) -> Float[Array, "*B D"]:
-    """Returns `x / sqrt(mean(x^2) + eps) * scale` in the dtype of `x`.
-
-    As Llama does, the normalised value is rounded to the dtype of `x` before it is scaled.
-    """
-    x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    normed = (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
-    return normed * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
