@@ -209,7 +209,7 @@ class TestModels:
         ]
         try:
             for one in reversed(started):  # The one that may be too early.
-                out, err = one.communicate(timeout=60)
+                out, err = one.communicate(timeout=240)
                 assert one.returncode == 0, err
                 assert out.splitlines()[-1] == "0"
         finally:
