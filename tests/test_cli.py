@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +197,8 @@ def main(argv):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, -1))
         checkpoints.save(1, {"a": np.random.default_rng(0).normal(size=500_000)}, {})
         checkpoints.close()
+    elif what == "answer":
+        print("pig")
     elif what == "file":
         raise PermissionError(13, "Permission denied", "answers")
     else:
@@ -236,6 +239,32 @@ cli.run_app(main, after_stop="the same command goes on")
         )
         assert done.returncode == status, done.stderr
         assert done.stderr.strip() == message
+
+    @pytest.mark.parametrize(
+        "args",
+        [("-m", "mil_jax.main", "--help"), ("-c", PROGRAM)],
+        ids=["help", "answer"],
+    )
+    @pytest.mark.parametrize("unbuffered", ["", "1"])
+    def test_output_that_nobody_reads(self, tmp_path, args, unbuffered):
+        """As of `--help | head`, when `head` has ended; told at the end or at once."""
+        folder = tmp_path / "answer"
+        folder.mkdir()
+        reader, writer = os.pipe()
+        os.close(reader)
+        changes = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+        with open(writer, "w") as stdout:
+            done = subprocess.run(
+                [sys.executable, *args],
+                cwd=folder,
+                env=process.environment("") | changes,
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=100,
+            )
+        assert done.returncode == 128 + signal.SIGPIPE
+        assert done.stderr == ""
 
 
 class TestStages:

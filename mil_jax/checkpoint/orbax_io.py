@@ -158,6 +158,19 @@ class RunCheckpoints:
         with self._writing():
             self._manager.save(step, args=items, force=True)
 
+    def check_for_errors(self) -> None:
+        """Tells of a checkpoint that could not be written; waits for none.
+
+        Raises:
+            UserError: The newest one has failed.
+        """
+        # The manager's own check mostly comes after its thread, which has the error then.
+        # Coming first it takes the error away, and the thread deletes an old checkpoint
+        # as if this one were complete.
+        if not self._manager.is_saving_in_progress():
+            with self._writing():
+                self._manager.wait_until_finished()
+
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """Returns what `save` wrote, with the shardings of `abstract_state`.
 

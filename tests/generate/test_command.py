@@ -224,7 +224,7 @@ def source(tmp_path_factory):
         b'{"id": "q", "text": "Hi"}',
     ]
     lines[8:8] = [
-        b'{"prompt": ""}',
+        b'{"id": {"n": 7}, "prompt": ""}',
         json.dumps({"prompt": "long " * 200}).encode(),
         b'{"prompt": "\\ud800"}',
         b'{"messages": [{"role": "user"}]}',
@@ -312,7 +312,8 @@ class TestFile:
         assert list(errors) == list(parts)
         for line, part in parts.items():
             assert part in errors[line]
-        assert next(r for r in records if r.get("line") == 6)["id"] == "q"
+        ids = {r["line"]: r["id"] for r in records if "error" in r and "id" in r}
+        assert ids == {6: "q", 9: {"n": 7}}
 
     def test_batches_are_sorted_within_chunks_of_lines(self, undisturbed):
         """Chunks of four lines; the good ones are 0, 1, 5, 6, 12, 13 and 14."""
