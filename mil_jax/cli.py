@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -72,6 +73,10 @@ def _stopped_with_its_reader() -> Iterator[None]:
             sys.stdout.flush()
             raise
     except BrokenPipeError:
+        watch = select.poll()
+        watch.register(sys.stdout, 0)
+        if not watch.poll(0):  # Another pipe than the output's.
+            raise
         # What is left goes nowhere; Python would complain about it at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
