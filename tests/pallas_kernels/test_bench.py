@@ -122,6 +122,7 @@ def test_every_shape_has_a_case():
             inputs = jax.eval_shape(case.make, jax.random.key(0))
             assert "reference" in case.implementations and inputs
             assert set(case.costs) <= set(bench.PASSES)
+            assert max(case.tolerance[pass_] for pass_ in case.costs) <= 1e-2
 
 
 def test_command_line_merges_rows(tmp_path, capsys, monkeypatch):
