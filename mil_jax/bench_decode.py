@@ -179,6 +179,10 @@ class Bench:
             "dtype": args.dtype,
             "chunk": args.chunk,
             "cache": "read" if args.read else "random",
+            # Every row has these fields; only speculation has times for them.
+            "draft_ms": None,
+            "verify_ms": None,
+            "speedup": None,
         }
         if args.prefill_only:
             ms = self.time_prefill()
