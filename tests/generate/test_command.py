@@ -209,6 +209,25 @@ class TestPrompt:
         )
 
 
+class TestSpeed:
+    def line(self, **kwargs):
+        return re.sub("^.*?tokens/s; .*?tokens/s; ", "", engine.Speed(**kwargs).line())
+
+    def test_only_positions_that_were_drafted_are_told(self):
+        accepted, tried = np.array([[3, 1, 0, 0], [4, 4, 2, 0]])
+        some = {"num_steps": 4, "gained": 8, "accepted_at": accepted}
+        assert self.line(**some, tried_at=tried) == (
+            "2.00 tokens per step; accepted at 1 to 3: 75% 25% 0%; compiled in 0.0 s"
+        )
+        none = "2.00 tokens per step; compiled in 0.0 s"
+        assert self.line(**some, tried_at=np.zeros(4)) == none
+
+    def test_nothing_is_told_of_no_steps(self):
+        zeros = np.zeros(4)
+        line = self.line(num_steps=0, accepted_at=zeros, tried_at=zeros)
+        assert line == self.line() == "compiled in 0.0 s"
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Good lines of both forms, and every kind of bad one, some blank."""
