@@ -391,6 +391,32 @@ class TestFile:
         assert answer(folder, source, target) == 1
         assert target.read_bytes() == undisturbed.read_bytes()
 
+    def test_a_draft_changes_no_answer_and_a_failed_run_goes_on(
+        self, folder, source, undisturbed, tmp_path, monkeypatch
+    ):
+        """It stops in the third batch, the first of the second chunk with prompts."""
+        monkeypatch.setattr(files, "BATCHES_PER_CHUNK", 2)
+        target = tmp_path / "answers.jsonl"
+        draft = (f"--draft={folder}/draft", "--k=2")
+        whole = undisturbed.read_bytes().splitlines(keepends=True)
+        original, calls = engine.Engine.answer, iter(range(2))
+
+        def failing(self, *args, **kwargs):
+            if next(calls, None) is None:
+                raise RuntimeError("the device is gone")
+            assert self._draft is not None
+            return original(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.Engine, "answer", failing)
+            with pytest.raises(RuntimeError, match="the device is gone"):
+                answer(folder, source, target, *draft)
+        assert target.read_bytes() == b"".join(whole[:12])
+        batches = record_batches(monkeypatch)
+        assert answer(folder, source, target, *draft) == 1
+        assert target.read_bytes() == b"".join(whole)
+        assert batches == BATCHES[2:]
+
     def test_ctrl_c_says_how_far_it_came(
         self, folder, source, tmp_path, monkeypatch, caplog
     ):
@@ -469,7 +495,8 @@ class TestFile:
             texts.append([record["answer"] for record in read_lines(target)])
         assert texts[0] == texts[1] != texts[2]
 
-    def test_stop_strings(self, folder, tokenizer, tmp_path):
+    @pytest.mark.parametrize("k", [0, 2])
+    def test_stop_strings(self, folder, tokenizer, tmp_path, k):
         """The row that stops is cut there, the other goes on."""
         rows = expected(folder, tokenizer, PROMPTS[:2])
         whole = [engine.text_of(tokenizer, row) for row in rows]
@@ -478,7 +505,8 @@ class TestFile:
             tmp_path / "in.jsonl", [{"prompt": p} for p in PROMPTS[:2]]
         )
         target = tmp_path / "out.jsonl"
-        assert answer(folder, source, target, f"--stop={stop}") == 0
+        draft = [f"--draft={folder}/draft", f"--k={k}"] if k else []
+        assert answer(folder, source, target, f"--stop={stop}", *draft) == 0
         first, second = read_lines(target)
         assert first["answer"] == whole[0][: whole[0].index(stop)]
         assert (first["finish"], second["answer"]) == ("stop", whole[1])
