@@ -153,7 +153,7 @@ def answer_prompt(options: "Options", prompt: str) -> None:
     try:
         (answer,) = running.answer([tokens], [0], block=STREAM_BLOCK, show=show)
         if answer.finish == "length":
-            remark = f"; cut at {answer.num_tokens} tokens (max_new_tokens)"
+            remark = f"; cut at the limit (max_new_tokens, {options.max_new_tokens})"
     finally:
         print(flush=True)
         logger.info(running.speed.line() + remark)

@@ -157,7 +157,7 @@ class TestPrompt:
         (tokens,) = expected(folder, tokenizer, PROMPTS[:1])
         # The speed is told, and what ended the answer.
         assert tokens[-1] != 5
-        assert caplog.messages[-1].endswith("; cut at 24 tokens (max_new_tokens)")
+        assert caplog.messages[-1].endswith("; cut at the limit (max_new_tokens, 24)")
         printed = capfd.readouterr().out
         assert printed == engine.text_of(tokenizer, tokens) + "\n"
         assert len([piece for piece in pieces if piece and piece[0]]) > 2
