@@ -12,7 +12,8 @@ from mil_jax.errors import UserError
 from mil_jax.generate import adaptive, decode, speculative
 from mil_jax.generate.adaptive import Chooser
 
-PLAIN, DRAFT, HOST = 4.0, 0.4, 0.3  # Milliseconds of a step, a draft, a block.
+# Milliseconds of a step, a draft, a block, and what a draft reads that was left behind.
+PLAIN, DRAFT, HOST, CATCH_UP = 4.0, 0.4, 0.3, 1.0
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +43,7 @@ class World:
             state, accepted_at=state.accepted_at.copy(), tried_at=state.tried_at.copy()
         )
         if k and state.is_behind:
-            self.now += 1.0
+            self.now += CATCH_UP
         self.now += HOST
         for _ in range(num_steps):
             wins = self.rng.random(k) < self.rate(self.made)
@@ -95,6 +96,14 @@ def test_a_bad_draft_costs_little(monkeypatch, share, rate):
     world.state = dataclasses.replace(world.state, is_behind=False)
     assert PLAIN / world.run(chooser, 128) > 0.975
     assert PLAIN / world.run(chooser, 2048) > 0.985
+
+
+def test_catching_up_is_paid_for_too(monkeypatch):
+    for name in ("FIRST_WAIT", "LAST_WAIT"):
+        monkeypatch.setattr(adaptive, name, 16)
+    monkeypatch.setitem(globals(), "CATCH_UP", 4 * PLAIN)
+    world = World(monkeypatch, lambda made: 0.0)
+    assert PLAIN / world.run(Chooser(8), 2048) > 0.97
 
 
 def test_a_short_answer_pays_for_one_look(monkeypatch):
