@@ -46,7 +46,8 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     text("model", None, "Folder of a model or an export, hub id, or demo_teacher.")
     text("draft", None, "The same of a draft; default none.")
-    text("k", "4", "Tokens that the draft proposes per step; auto: what pays best.")
+    per_step = "Tokens that the draft proposes per step, at most 19; auto: what pays."
+    text("k", "4", per_step)
     text("prompt", None, "Text to answer in the terminal.")
     text("input", None, "JSON lines to answer.")
     text("output", None, "JSON lines with the answers.")
@@ -141,7 +142,7 @@ def answer_prompt(options: "Options", prompt: str) -> None:
     plan = make_plan(options)
     tokens = plan.encode(prompt)
     running = engine.load(plan)
-    printed = ""
+    printed, remark = "", ""
 
     def show(text: str) -> None:
         nonlocal printed
@@ -150,10 +151,12 @@ def answer_prompt(options: "Options", prompt: str) -> None:
             printed = text
 
     try:
-        running.answer([tokens], [0], block=STREAM_BLOCK, show=show)
+        (answer,) = running.answer([tokens], [0], block=STREAM_BLOCK, show=show)
+        if answer.finish == "length":
+            remark = f"; cut at the limit (max_new_tokens, {options.max_new_tokens})"
     finally:
         print(flush=True)
-        logger.info(running.speed.line())
+        logger.info(running.speed.line() + remark)
 
 
 def answer_file(options: "Options", source: Path, target: Path, batch_size: int) -> int:
@@ -163,9 +166,9 @@ def answer_file(options: "Options", source: Path, target: Path, batch_size: int)
 
     plan = make_plan(options)
     done = files.answer_file(plan, engine.load, source, target, batch_size=batch_size)
-    if done.engine is None:
+    if not done.written:
         logger.info("%s was complete already", target)
-    elif done.engine.speed.prompt_tokens:
+    elif done.engine is not None:
         logger.info(done.engine.speed.line())
     if done.errors:
         text = "%d of %d lines of %s have an error instead of an answer"
