@@ -26,7 +26,7 @@ from pallas_kernels.ssd import shapes as ssd_shapes
 # Relative errors in norm of bfloat16 values against the reference in float32.
 TOLERANCE = {"forward": 1e-2, "forward_backward": 1e-2}
 # XLA rounds partial sums over tokens of the scale's gradient to bfloat16, which is 1.1e-2 off
-# for 768 tokens on a CPU; the kernel sums them in float32.
+# for 768 tokens on a CPU; beside the kernel they are summed in float32.
 LOOSE = {"residual_norm": {"scale": 2e-2}}
 
 
