@@ -45,15 +45,15 @@ class Chooser:
     that becomes good is found. Keeps what it learnt from batch to batch.
     """
 
-    def __init__(self, k_max: int = 8, choices: tuple[int, ...] | None = None):
-        """Takes the largest K, and which ones may be chosen (default 1, 2, 4, ..., k_max).
+    def __init__(self, k_max: int = 8):
+        """Takes the largest K; the others are the powers of two below it.
 
         Each is a program of its own, compiled when it is first chosen.
         """
-        if k_max < 1 or not all(1 <= k <= k_max for k in choices or (1,)):
-            raise UserError(f"cannot choose K among {choices} of at most {k_max}")
-        powers = {2**i for i in range(k_max.bit_length()) if 2**i <= k_max}
-        self.choices = tuple(sorted(set(choices or powers | {k_max})))
+        if k_max < 1:
+            raise UserError(f"the largest K is {k_max}; it has to be at least 1")
+        powers = {2**i for i in range(k_max.bit_length())}
+        self.choices = tuple(sorted(powers | {k_max}))
         self.k_max = k_max
         self.k = 0
         self.milliseconds: dict[int, float] = {}

@@ -78,10 +78,9 @@ def test_compilation_for_another_width_is_not_counted(monkeypatch):
     assert chooser.milliseconds == pytest.approx(before, abs=HOST)
 
 
-@pytest.mark.parametrize(("k_max", "choices"), [(0, None), (8, (16,)), (8, (0, 2))])
-def test_impossible_choices_are_refused(k_max, choices):
-    with pytest.raises(UserError, match="cannot choose K"):
-        Chooser(k_max, choices)
+def test_no_k_is_refused():
+    with pytest.raises(UserError, match="the largest K is 0"):
+        Chooser(0)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.15, 0.3])
@@ -89,9 +88,9 @@ def test_impossible_choices_are_refused(k_max, choices):
 def test_a_bad_draft_costs_little(monkeypatch, share, rate):
     """A step with K drafts takes 1 + K share plain ones."""
     monkeypatch.setitem(globals(), "DRAFT", share * PLAIN)
-    for tokens in (64, 96, 128, 256, 512):
+    for tokens in (32, 64, 96, 128, 256, 512):
         world, chooser = World(monkeypatch, lambda made: rate), Chooser(8)
-        assert PLAIN / world.run(chooser, tokens) > 0.97
+        assert PLAIN / world.run(chooser, tokens) > (0.97 if tokens >= 64 else 0.95)
     # What was learnt is kept for the next batch.
     world.state = dataclasses.replace(world.state, is_behind=False)
     assert PLAIN / world.run(chooser, 128) > 0.975
@@ -256,7 +255,6 @@ def test_choices():
     assert Chooser(8).choices == (1, 2, 4, 8)
     assert Chooser(5).choices == (1, 2, 4, 5)
     assert Chooser(1).choices == (1,)
-    assert Chooser(6, (2, 6)).choices == (2, 6)
 
 
 @pytest.mark.parametrize("name", ["mamba~", "mamba"])
