@@ -80,6 +80,7 @@ class Case(NamedTuple):
       donated: Inputs that a call may overwrite, as its caller in a model lets it.
       tolerance: Largest relative error in norm of a value, and with gradients.
       loose: The same for the gradients of inputs that need a bound of their own.
+      shared: Inputs whose gradient is another one's: as outputs, both would be a copy.
     """
 
     op: str
@@ -92,6 +93,7 @@ class Case(NamedTuple):
     donated: tuple[str, ...] = ()
     tolerance: dict[str, float] = TOLERANCE
     loose: Mapping[str, float] = MappingProxyType({})
+    shared: tuple[str, ...] = ()
 
 
 def _normals(key: jax.Array, **sizes: Any) -> dict[str, jax.Array]:
@@ -278,7 +280,16 @@ def residual_norm_case(name: str) -> Case:
     }
     small = maker(_small(shape))
     names = tuple(residual_api.IMPLEMENTATIONS)
-    return Case("residual_norm", name, maker(shape), small, call, names, costs)
+    return Case(
+        "residual_norm",
+        name,
+        maker(shape),
+        small,
+        call,
+        names,
+        costs,
+        shared=("delta",),
+    )
 
 
 def _segments(shape: Any, key: jax.Array) -> dict[str, jax.Array]:
