@@ -203,13 +203,13 @@ def _selective_kernel(*refs, names, columns, channels, states, is_log):
         bias, skip = optional("dt_bias"), optional("D")
         A = _rates(_load(refs["A"], (i, j), mask), is_log)
         h = _load(refs["state"], (row, i, j), mask)
-        if slots:
-            old_x, old_dt = tile("old_x", slots), tile("old_dt", slots)
-            old_B = maps("old_B", slots)
-        x, dt, z = tile("x", tokens), tile("dt", tokens), None
+        # In the order of use from last to first: what is waited for comes last.
+        z = tile("z", tokens) if "z" in refs else None
         B, C = maps("B", tokens), maps("C", tokens)
-        if "z" in refs:
-            z = tile("z", tokens)
+        x, dt = tile("x", tokens), tile("dt", tokens)
+        if slots:
+            old_B = maps("old_B", slots)
+            old_x, old_dt = tile("old_x", slots), tile("old_dt", slots)
 
         def step_sizes(dt):
             return gpu.softplus(dt if bias is None else dt + bias)
