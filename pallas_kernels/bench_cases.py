@@ -84,6 +84,7 @@ class Case(NamedTuple):
       donated: Inputs that a call may overwrite, as its caller in a model lets it.
       tolerance: Largest relative error in norm of a value, and with gradients.
       loose: The same for the gradients of inputs that need a bound of their own.
+      shared: Inputs whose gradient is another one's: as outputs, both would be a copy.
     """
 
     op: str
@@ -96,6 +97,7 @@ class Case(NamedTuple):
     donated: tuple[str, ...] = ()
     tolerance: dict[str, float] = TOLERANCE
     loose: Mapping[str, float] = MappingProxyType({})
+    shared: tuple[str, ...] = ()
 
 
 def _normals(key: jax.Array, **sizes: Any) -> dict[str, jax.Array]:
@@ -257,7 +259,8 @@ def residual_norm_case(name: str) -> Case:
         "forward": Cost(8 * values),
         "forward_backward": Cost(16 * values),
     }
-    return _case("residual_norm", name, shape, make, residual_api, costs, eps=1e-5)
+    case = _case("residual_norm", name, shape, make, residual_api, costs, eps=1e-5)
+    return case._replace(shared=("delta",))
 
 
 def _segments(shape: Any, key: jax.Array) -> dict[str, jax.Array]:
