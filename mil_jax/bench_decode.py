@@ -124,7 +124,8 @@ def _random(
         return jnp.ones(shape, dtype)
     if kind == "recurrence":
         return jax.random.uniform(key, shape, dtype, -1.0, 1.0)
-    return jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)
+    deviation = 1.0 if kind == "cache" else 0.02
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(deviation, dtype)
 
 
 class Bench:
@@ -459,22 +460,21 @@ def lot(
     return speculative.accept(draw < probability, choice, drafts)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("batch", "prompt", "max_step", "max_new_tokens")
-)
 def _random_state(
     model: Frozen, batch: int, prompt: int, max_step: int, *, max_new_tokens: int
 ) -> decode.State:
     # Room for a draft that catches up, too.
     length = prompt + max_new_tokens + speculative.CATCH_UP
-    cache = init_cache(
-        model.config, model.compute, batch=batch, max_length=length, max_step=max_step
+    make = functools.partial(
+        init_cache, batch=batch, max_length=length, max_step=max_step
     )
-    empty, tree = jax.tree.flatten(cache.layers)
-    # Zeros would be kinder to the device than what a prompt leaves behind.
+    cache = jax.eval_shape(lambda: make(model.config, model.compute))
+    layers, tree = jax.tree.flatten(cache.layers)
+    # Zeros would be kinder to the device than what a prompt leaves behind. One program for
+    # each shape: in one for all of them, compiling took longer than what is measured.
     filled = [
-        jax.random.normal(jax.random.key(i), leaf.shape, leaf.dtype)
-        for i, leaf in enumerate(empty)
+        _random(jax.random.key(i), leaf.shape, leaf.dtype, "cache")
+        for i, leaf in enumerate(layers)
     ]
     zeros = jnp.zeros((batch,), jnp.int32)
     return decode.State(
@@ -485,7 +485,10 @@ def _random_state(
         step=jnp.int32(1),
         keys=jax.vmap(jax.random.key)(jnp.arange(batch)),
         cache=dataclasses.replace(
-            cache, layers=tree.unflatten(filled), lengths=zeros + prompt
+            cache,
+            layers=tree.unflatten(filled),
+            lengths=zeros + prompt,
+            num_pending=jnp.zeros_like(zeros),
         ),
         sampling=Sampling(),
         eos_ids=(),
