@@ -144,15 +144,6 @@ def _unstack(tile, count: int):
     return [row.reshape(tile.shape[1]) for row in rows[:count]]
 
 
-def _once(tile):
-    """A tile [tokens, channels, 1] as [tokens, channels], not to be computed again.
-
-    Triton otherwise moves arithmetic to where a tile is taken apart, which is on every lane
-    that shares a channel. It does not move it over a scan, here of one element.
-    """
-    return jnp.cumsum(tile, axis=2).reshape(tile.shape[:2])
-
-
 def _stack(rows):
     """Inverse of `_unstack`; rows of zeros fill up to a power of two."""
     rows = [
@@ -180,18 +171,13 @@ def _selective_kernel(*refs, names, columns, channels, states, is_log):
     i, j, mask = _spread(e, _Part.create(0, states, n))
 
     def optional(name):
-        if name not in refs:
-            return None
-        return _load(refs[name], (e.at,), e.inside)[None, :, None]
+        return _load(refs[name], (e.at,), e.inside)[None, :] if name in refs else None
 
     def part(count):
         return _Part.create(0, gpu.power_of_two(count), count)
 
-    def whole(count):
-        return [v if v is None else v[:, :, None] for v in _spread(part(count), e)]
-
     def tile(name, count):
-        t, c, inside = whole(count)
+        t, c, inside = _spread(part(count), e)
         return refs.load(name, (row, t, c), inside)
 
     def maps(name, count):
@@ -203,46 +189,45 @@ def _selective_kernel(*refs, names, columns, channels, states, is_log):
         bias, skip = optional("dt_bias"), optional("D")
         A = _rates(_load(refs["A"], (i, j), mask), is_log)
         h = _load(refs["state"], (row, i, j), mask)
-        # In the order of use from last to first: what is waited for comes last.
-        z = tile("z", tokens) if "z" in refs else None
-        B, C = maps("B", tokens), maps("C", tokens)
-        x, dt = tile("x", tokens), tile("dt", tokens)
         if slots:
-            old_B = maps("old_B", slots)
             old_x, old_dt = tile("old_x", slots), tile("old_dt", slots)
+            old_B = maps("old_B", slots)
+        x, dt, z = tile("x", tokens), tile("dt", tokens), None
+        B, C = maps("B", tokens), maps("C", tokens)
+        if "z" in refs:
+            z = tile("z", tokens)
 
         def step_sizes(dt):
             return gpu.softplus(dt if bias is None else dt + bias)
-
-        def each(count, *tiles):
-            return [_unstack(_once(tile), count) for tile in tiles]
 
         def advance(h, dt, dt_x, B):
             return gpu.exp2(dt[:, None] * A) * h + dt_x[:, None] * B
 
         if slots:
-            replayed = (part(slots).at < count)[:, None, None]
+            replayed = (part(slots).at < count)[:, None]
             old_dt = jnp.where(replayed, step_sizes(old_dt), 0.0)
-            for token in zip(*each(slots, old_dt, old_dt * old_x), old_B, strict=True):
+            old = (_unstack(old_dt, slots), _unstack(old_dt * old_x, slots), old_B)
+            for token in zip(*old, strict=True):
                 h = advance(h, *token)
         if "new_state" in refs:
             plt.store(refs["new_state"].at[row, i, j], h, mask=mask)
         dt = step_sizes(dt)
+        new = (_unstack(dt, tokens), _unstack(dt * x, tokens), B)
         ys = []
-        for out, *token in zip(C, *each(tokens, dt, dt * x), B, strict=True):
+        for out, *token in zip(C, *new, strict=True):
             h = advance(h, *token)
             ys.append(jnp.sum(h * out, axis=1))
-        y = _stack(ys)[:, :, None]
+        y = _stack(ys)
         if skip is not None:
             y = y + skip * x
         put(y if z is None else y * z * gpu.sigmoid(z))
 
     def put(y):
-        t, c, inside = whole(tokens)
+        t, c, inside = _spread(part(tokens), e)
         plt.store(refs["y"].at[row, t, c], y.astype(refs["y"].dtype), mask=inside)
 
     def nothing():
-        put(jnp.zeros((gpu.power_of_two(tokens), channels, 1), jnp.float32))
+        put(jnp.zeros((gpu.power_of_two(tokens), channels), jnp.float32))
 
     _when_active(refs, row, work, nothing)
 
