@@ -124,7 +124,8 @@ def _random(
         return jnp.ones(shape, dtype)
     if kind == "recurrence":
         return jax.random.uniform(key, shape, dtype, -1.0, 1.0)
-    return jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)
+    deviation = 1.0 if kind == "cache" else 0.02
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(deviation, dtype)
 
 
 class Bench:
@@ -179,6 +180,10 @@ class Bench:
             "dtype": args.dtype,
             "chunk": args.chunk,
             "cache": "read" if args.read else "random",
+            # Every row has these fields; only speculation has times for them.
+            "draft_ms": None,
+            "verify_ms": None,
+            "speedup": None,
         }
         if args.prefill_only:
             ms = self.time_prefill()
@@ -313,11 +318,11 @@ class Bench:
             self.draft,
             verify=functools.partial(lot, probability=0.0),
         )
-        chooser = Chooser(args.k, choices=(args.k,))
         times = []
         # Programs are compiled in the first run.
         for _ in range(REPETITIONS):
             state = self.unread_speculative()
+            chooser = Chooser(args.k)  # That has seen nothing of the draft.
             # A row of which only so many tokens are wanted.
             start = jnp.full_like(state.lengths, self.max_new_tokens - count)
             state = dataclasses.replace(state, lengths=start)
@@ -455,22 +460,21 @@ def lot(
     return speculative.accept(draw < probability, choice, drafts)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("batch", "prompt", "max_step", "max_new_tokens")
-)
 def _random_state(
     model: Frozen, batch: int, prompt: int, max_step: int, *, max_new_tokens: int
 ) -> decode.State:
     # Room for a draft that catches up, too.
     length = prompt + max_new_tokens + speculative.CATCH_UP
-    cache = init_cache(
-        model.config, model.compute, batch=batch, max_length=length, max_step=max_step
+    make = functools.partial(
+        init_cache, batch=batch, max_length=length, max_step=max_step
     )
-    empty, tree = jax.tree.flatten(cache.layers)
-    # Zeros would be kinder to the device than what a prompt leaves behind.
+    cache = jax.eval_shape(lambda: make(model.config, model.compute))
+    layers, tree = jax.tree.flatten(cache.layers)
+    # Zeros would be kinder to the device than what a prompt leaves behind. One program for
+    # each shape: in one for all of them, compiling took longer than what is measured.
     filled = [
-        jax.random.normal(jax.random.key(i), leaf.shape, leaf.dtype)
-        for i, leaf in enumerate(empty)
+        _random(jax.random.key(i), leaf.shape, leaf.dtype, "cache")
+        for i, leaf in enumerate(layers)
     ]
     zeros = jnp.zeros((batch,), jnp.int32)
     return decode.State(
@@ -481,7 +485,10 @@ def _random_state(
         step=jnp.int32(1),
         keys=jax.vmap(jax.random.key)(jnp.arange(batch)),
         cache=dataclasses.replace(
-            cache, layers=tree.unflatten(filled), lengths=zeros + prompt
+            cache,
+            layers=tree.unflatten(filled),
+            lengths=zeros + prompt,
+            num_pending=jnp.zeros_like(zeros),
         ),
         sampling=Sampling(),
         eos_ids=(),

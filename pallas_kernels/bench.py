@@ -65,7 +65,9 @@ def pass_function(case: Case, pass_: str, implementation: str) -> Callable[..., 
         return lambda inputs, cotangents: case.call(inputs, implementation)
 
     def forward_backward(inputs, cotangents):
-        floats = {k: v for k, v in inputs.items() if _is_float(v)}
+        floats = {
+            k: v for k, v in inputs.items() if _is_float(v) and k not in case.shared
+        }
         rest = {k: v for k, v in inputs.items() if k not in floats}
         outputs, pull = jax.vjp(
             lambda floats: case.call(floats | rest, implementation), floats

@@ -24,7 +24,10 @@ from pallas_kernels.ssd import api as ssd_api
 from pallas_kernels.ssd import shapes as ssd_shapes
 
 # Relative errors in norm of bfloat16 values against the reference in float32.
-TOLERANCE = {"forward": 1e-2, "forward_backward": 2e-2}
+TOLERANCE = {"forward": 1e-2, "forward_backward": 1e-2}
+# XLA rounds partial sums over tokens of the scale's gradient to bfloat16, which is 1.1e-2 off
+# for 768 tokens on a CPU; beside the kernel they are summed in float32.
+LOOSE = {"residual_norm": {"scale": 2e-2}}
 
 
 class Peaks(NamedTuple):
@@ -81,6 +84,7 @@ class Case(NamedTuple):
       donated: Inputs that a call may overwrite, as its caller in a model lets it.
       tolerance: Largest relative error in norm of a value, and with gradients.
       loose: The same for the gradients of inputs that need a bound of their own.
+      shared: Inputs whose gradient is another one's: as outputs, both would be a copy.
     """
 
     op: str
@@ -93,6 +97,7 @@ class Case(NamedTuple):
     donated: tuple[str, ...] = ()
     tolerance: dict[str, float] = TOLERANCE
     loose: Mapping[str, float] = MappingProxyType({})
+    shared: tuple[str, ...] = ()
 
 
 def _normals(key: jax.Array, **sizes: Any) -> dict[str, jax.Array]:
@@ -134,7 +139,8 @@ def _case(
         return function(**inputs, **options, implementation=implementation)
 
     makers = (functools.partial(make, s) for s in (shape, small))
-    return Case(op, name, *makers, call, tuple(api.IMPLEMENTATIONS), costs)
+    names = tuple(api.IMPLEMENTATIONS)
+    return Case(op, name, *makers, call, names, costs, loose=LOOSE.get(op, {}))
 
 
 def selective_scan_case(name: str) -> Case:
@@ -253,7 +259,8 @@ def residual_norm_case(name: str) -> Case:
         "forward": Cost(8 * values),
         "forward_backward": Cost(16 * values),
     }
-    return _case("residual_norm", name, shape, make, residual_api, costs, eps=1e-5)
+    case = _case("residual_norm", name, shape, make, residual_api, costs, eps=1e-5)
+    return case._replace(shared=("delta",))
 
 
 def _segments(shape: Any, key: jax.Array) -> dict[str, jax.Array]:

@@ -121,16 +121,6 @@ class MambaMixer(SSMMixer):
         cache = SSMCache(state, window, pending_window, Pending(*pending))
         return self.output(y, residual), cache
 
-    def repeat(self, conv_in: Float[Array, "B L X"]) -> Float[Array, "B L E"]:
-        """Repeats each group of N channels E / X times, consecutively."""
-        ssm = self.config
-        repeats = ssm.d_inner // ssm.d_xb
-        if repeats == 1:
-            return conv_in
-        groups = conv_in.reshape(*conv_in.shape[:2], -1, 1, ssm.d_state)
-        tiled = jnp.broadcast_to(groups, (*groups.shape[:3], repeats, groups.shape[-1]))
-        return tiled.reshape(*conv_in.shape[:2], ssm.d_inner)
-
     def scan_inputs(
         self, projected: Projected, conv_out: Float[Array, "B L E"]
     ) -> ScanInputs:

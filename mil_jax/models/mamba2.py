@@ -80,10 +80,6 @@ class Mamba2Mixer(SSMMixer):
         conv_in = product_of_all(u, self.x_proj, self.B_proj, self.C_proj)
         return Projected(conv_in, self.z_proj(u), self.dt_proj(u))
 
-    def repeat(self, conv_in: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        """Returns the input: heads are expanded after the convolution."""
-        return conv_in
-
     def scan_inputs(
         self,
         projected: Projected,

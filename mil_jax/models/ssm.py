@@ -53,7 +53,7 @@ class SSMMixer(nnx.Module):
 
     conv_kernel: nnx.Param
     conv_bias: nnx.Param
-    # Channels that `repeat` repeats as one; None if it repeats none.
+    # Channels that the convolution repeats as one for grouped queries; None for none.
     conv_group: int | None
     # Parts of the convolution's output that the recurrence reads; None for one.
     conv_splits: tuple[int, ...] | None = None
@@ -61,10 +61,6 @@ class SSMMixer(nnx.Module):
     @abc.abstractmethod
     def project(self, u: Float[Array, "B L D"] | Unnormed) -> Projected:
         """Returns everything that is computed from the layer's input alone."""
-
-    @abc.abstractmethod
-    def repeat(self, conv_in: Float[Array, "B L C"]) -> Float[Array, "B L F"]:
-        """Repeats channels for grouped queries, where that happens before the conv."""
 
     @abc.abstractmethod
     def scan_inputs(
@@ -210,13 +206,14 @@ class SSMMixer(nnx.Module):
         segment_ids: Int[Array, "B L"] | None = None,
     ) -> Float[Array, "B L F"] | tuple[Float[Array, "B L ..."], ...]:
         return causal_conv(
-            self.repeat(conv_in),
+            conv_in,
             self.conv_kernel[...],
             self.conv_bias[...],
-            initial_window=None if window is None else self.repeat(window),
+            initial_window=window,
             segment_ids=segment_ids,
             activation="silu",
             splits=self.conv_splits,
+            group=self.conv_group,
         )
 
 

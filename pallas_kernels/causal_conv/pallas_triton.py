@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
@@ -34,7 +35,15 @@ MAX_WIDTH = 8
 
 
 def causal_conv(
-    x, kernel, bias, *, initial_window, segment_ids, activation, splits=None
+    x,
+    kernel,
+    bias,
+    *,
+    initial_window,
+    segment_ids,
+    activation,
+    splits=None,
+    group=None,
 ):
     """Returns y, or its parts; see `api.causal_conv` for the arguments."""
     gpu.check_platform()
@@ -42,16 +51,31 @@ def causal_conv(
         raise UnsupportedError(f"{kernel.shape[0]} taps are more than {MAX_WIDTH}")
     if kernel.shape[0] == 1:
         initial_window = segment_ids = None
-    plan = Plan(activation, splits or (x.shape[2],))
+    outputs = kernel.shape[1]
+    group = group or x.shape[2]
+    # A program sums the gradients of a group's repeats: it has to hold all of them.
+    run = group * (outputs // x.shape[2])
+    if run & (run - 1) or group & (group - 1) or _block(BACKWARD) % run:
+        x = parts.repeat(x, outputs, group)
+        if initial_window is not None:
+            initial_window = parts.repeat(initial_window, outputs, group)
+    plan = Plan(activation, splits or (outputs,), group)
     found = _causal_conv(plan, x, kernel, bias, initial_window, segment_ids)
     return found[0] if splits is None else found
 
 
 class Plan(NamedTuple):
-    """What is static: the activation, and the channels of each part of the output."""
+    """What is static.
+
+    Attributes:
+        activation: "silu" or None.
+        splits: Channels of each part of the output.
+        group: Channels of x that are repeated as one, where x has fewer than the output.
+    """
 
     activation: str | None
     splits: tuple[int, ...]
+    group: int
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -61,7 +85,8 @@ def _causal_conv(plan, x, kernel, bias, initial_window, segment_ids):
     )
     widths = _written_apart(FORWARD, plan.splits)
     found = _call(
-        functools.partial(_forward_kernel, activation=plan.activation),
+        _forward_kernel,
+        plan,
         FORWARD,
         inputs,
         {
@@ -84,10 +109,10 @@ def _backward(plan, arguments, dys):
     if len(_written_apart(BACKWARD, plan.splits)) != len(dys):
         dys = (jnp.concatenate(dys, axis=-1),)
     dys = {f"dy{i}": dy for i, dy in enumerate(dys)}
-    batch, length, channels = x.shape
+    batch, length, _ = x.shape
     chunks = pl.cdiv(length, _chunk(BACKWARD, length))
     # The gradients of taps and bias are summed over rows and chunks by XLA.
-    sums = (batch, chunks, kernel.shape[0] + (bias is not None), channels)
+    sums = (batch, chunks, kernel.shape[0] + (bias is not None), kernel.shape[1])
     outputs = {
         "dx": jax.ShapeDtypeStruct(x.shape, x.dtype),
         "sums": jax.ShapeDtypeStruct(sums, jnp.float32),
@@ -95,7 +120,8 @@ def _backward(plan, arguments, dys):
     if window is not None:
         outputs["dwindow"] = jax.ShapeDtypeStruct(window.shape, window.dtype)
     dx, sums, *dwindow = _call(
-        functools.partial(_backward_kernel, activation=plan.activation),
+        _backward_kernel,
+        plan,
         BACKWARD,
         _given(x=x, kernel=kernel, bias=bias, window=window, ids=ids, **dys),
         outputs,
@@ -127,41 +153,54 @@ def _chunk(blocks: Blocks, length: int) -> int:
     return min(blocks.chunk, pl.cdiv(length, blocks.steps) * blocks.steps)
 
 
-def _call(kernel, blocks, inputs, outputs):
-    batch, length, channels = inputs["x"].shape
+def _call(kernel, plan, blocks, inputs, outputs):
+    batch, length, _ = inputs["x"].shape
     block = _block(blocks)
     chunk = _chunk(blocks, length)
     return pl.pallas_call(
         functools.partial(
             kernel,
             names=(*inputs, *outputs),
+            plan=plan,
             block=block,
             steps=blocks.steps,
             chunk=chunk,
         ),
-        grid=(pl.cdiv(channels, block), pl.cdiv(length, chunk), batch),
+        grid=(pl.cdiv(inputs["kernel"].shape[1], block), pl.cdiv(length, chunk), batch),
         out_shape=list(outputs.values()),
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=1),
         interpret=gpu.INTERPRET,
-        name="causal_conv" + kernel.func.__name__.removesuffix("_kernel"),
+        name="causal_conv" + kernel.__name__.removesuffix("_kernel"),
     )(*inputs.values())
 
 
 class _Walk:
-    """One program's channels and chunk of time, and how it reads and writes rows."""
+    """One program's channels and chunk of time, and how it reads and writes rows.
 
-    def __init__(self, refs, block, chunk):
+    Channels are the output's; what belongs to x lies at the channel that they repeat.
+    """
+
+    OF_X = ("x", "window", "dx", "dwindow")
+
+    def __init__(self, refs, plan, block, chunk):
         self.refs = refs
         self.row = pl.program_id(2)
         self.chunk = pl.program_id(1)
         self.start = self.chunk * chunk
         self.end = self.start + chunk
-        _, self.length, channels = refs["x"].shape
-        self.past = refs["kernel"].shape[0] - 1
+        _, self.length, inputs = refs["x"].shape
+        taps, channels = refs["kernel"].shape
+        self.past = taps - 1
         self.block = block
         self.first = pl.program_id(0) * block
         self.c = self.first + jnp.arange(block, dtype=jnp.int32)
         self.inside = None if channels % block == 0 else self.c < channels
+        self.group, self.repeats = plan.group, channels // inputs
+        self.source = self.c
+        if self.repeats > 1:
+            # Not `//` and `%`, whose rules for signs hide that channels are adjacent.
+            runs = lax.div(self.c, self.group * self.repeats)
+            self.source = runs * self.group + lax.rem(self.c, self.group)
         # Where chunks tile the sequence no step of theirs is outside of it.
         self.is_even = self.length % chunk == 0
 
@@ -185,17 +224,26 @@ class _Walk:
         """Float32 channels of `name`; zeros unless the scalar `where`."""
         mask = self._mask(where)
         other = None if mask is None else 0.0
-        name, first = name if isinstance(name, tuple) else (name, 0)
-        ref = self.refs[name].at[(*index, self.c - first if first else self.c)]
+        ref = self._at(name, index)
         return plt.load(ref, mask=mask, other=other).astype(jnp.float32)
 
     def store(self, name, *index, value, where=None):
         """Writes channels of `name`, nothing unless the scalar `where`."""
+        if name in self.OF_X and self.repeats > 1:
+            value = self._sum_repeats(value)
+        at = self._at(name, index)
+        plt.store(at, value.astype(at.dtype), mask=self._mask(where))
+
+    def _at(self, name, index):
         name, first = name if isinstance(name, tuple) else (name, 0)
-        ref = self.refs[name]
-        value = value.astype(ref.dtype)
-        at = ref.at[(*index, self.c - first if first else self.c)]
-        plt.store(at, value, mask=self._mask(where))
+        channel = self.source if name in self.OF_X else self.c
+        return self.refs[name].at[(*index, channel - first if first else channel)]
+
+    def _sum_repeats(self, value):
+        """Sums over the repeats, on all of them: they write the same."""
+        apart = value.reshape(-1, self.repeats, self.group)
+        total = jnp.sum(apart, axis=1, keepdims=True)
+        return jnp.broadcast_to(total, apart.shape).reshape(value.shape)
 
     def _mask(self, where):
         if where is None:
@@ -244,11 +292,10 @@ def _tap_sum(taps, bias, inputs):
     return total if bias is None else total + bias
 
 
-def _forward_kernel(*refs, names, block, steps, chunk, activation):
-    refs = dict(zip(names, refs, strict=True))
-    walk = _Walk(refs, block, chunk)
+def _forward_kernel(*refs, names, plan, block, steps, chunk):
+    walk = _Walk(dict(zip(names, refs, strict=True)), plan, block, chunk)
     walk.for_each_part(
-        "y", functools.partial(_forward_part, walk, steps, chunk, activation)
+        "y", functools.partial(_forward_part, walk, steps, chunk, plan.activation)
     )
 
 
@@ -273,14 +320,13 @@ def _forward_part(walk, steps, chunk, activation, y_part):
             window = [*window, x][1:]
         return tuple(window)
 
-    jax.lax.fori_loop(0, chunk // steps, body, tuple(walk.window()))
+    lax.fori_loop(0, chunk // steps, body, tuple(walk.window()))
 
 
-def _backward_kernel(*refs, names, block, steps, chunk, activation):
-    refs = dict(zip(names, refs, strict=True))
-    walk = _Walk(refs, block, chunk)
+def _backward_kernel(*refs, names, plan, block, steps, chunk):
+    walk = _Walk(dict(zip(names, refs, strict=True)), plan, block, chunk)
     walk.for_each_part(
-        "dy", functools.partial(_backward_part, walk, steps, chunk, activation)
+        "dy", functools.partial(_backward_part, walk, steps, chunk, plan.activation)
     )
 
 
@@ -341,7 +387,7 @@ def _backward_part(walk, steps, chunk, activation, dy_part):
         (zeros,) * past,
         (zeros,) * (past + 1 + (bias is not None)),
     )
-    window, unfinished, sums = jax.lax.fori_loop(0, chunk // steps, body, carry)
+    window, unfinished, sums = lax.fori_loop(0, chunk // steps, body, carry)
     for k, value in enumerate(sums):
         walk.store("sums", walk.row, walk.chunk, k, value=value)
     # The next chunk's first outputs finish this chunk's last inputs.

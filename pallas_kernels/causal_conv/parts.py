@@ -1,9 +1,21 @@
-"""The parts in which a caller may want the convolution's channels."""
+"""How the convolution's channels are repeated, and cut into parts."""
 
 import itertools
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+
+def repeat(
+    x: Float[Array, "B L C"], outputs: int, group: int | None
+) -> Float[Array, "B L F"]:
+    """Returns every `group` channels F / C times, consecutively; all of them if None."""
+    channels = x.shape[-1]
+    if outputs == channels:
+        return x
+    groups = x.reshape(*x.shape[:2], -1, 1, group or channels)
+    shape = (*groups.shape[:3], outputs // channels, groups.shape[4])
+    return jnp.broadcast_to(groups, shape).reshape(*x.shape[:2], outputs)
 
 
 def split(

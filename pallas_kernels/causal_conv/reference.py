@@ -8,9 +8,20 @@ from pallas_kernels.causal_conv import parts
 
 
 def causal_conv(
-    x, kernel, bias, *, initial_window, segment_ids, activation, splits=None
+    x,
+    kernel,
+    bias,
+    *,
+    initial_window,
+    segment_ids,
+    activation,
+    splits=None,
+    group=None,
 ):
     """Returns y, or its parts; see `api.causal_conv` for the arguments."""
+    x = parts.repeat(x, kernel.shape[1], group)
+    if initial_window is not None:
+        initial_window = parts.repeat(initial_window, kernel.shape[1], group)
     batch, length, channels = x.shape
     f32 = jnp.float32
     kernel = kernel.astype(f32)

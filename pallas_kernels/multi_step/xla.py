@@ -134,19 +134,13 @@ def convolve(conv, window, pending, num_pending, x, kernel, bias, group):
     start = jnp.clip(num_pending, 0, slots).astype(jnp.int32)
     take = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size))
     after = take(seen, start)
-
-    def repeat(value):
-        repeats = kernel.shape[1] // x.shape[2]
-        groups = value.reshape(*value.shape[:2], -1, 1, group)
-        shape = (*groups.shape[:3], repeats, group)
-        return jnp.broadcast_to(groups, shape).reshape(*value.shape[:2], -1)
-
     y = conv(
-        repeat(x),
+        x,
         kernel,
         bias,
-        initial_window=repeat(after),
+        initial_window=after,
         segment_ids=None,
         activation="silu",
+        group=group,
     )
     return y, after

@@ -2,7 +2,8 @@
 
 A program owns whole tokens: it reads a row once, keeps it in registers for the statistic,
 and writes what is asked of it. The backward kernel computes the statistic again, which
-costs no traffic, and adds the gradient that the sum itself receives.
+costs no traffic, and adds the gradient that the sum itself receives. Where the scale is
+trained, a program walks over tokens and sums the scale's gradient in registers.
 """
 
 import functools
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
@@ -18,14 +20,25 @@ from pallas_kernels.dispatch import UnsupportedError
 
 
 class Blocks(NamedTuple):
-    """How the work is cut: tokens of a program, and its warps."""
+    """How the work is cut.
+
+    Attributes:
+        rows: Tokens at once.
+        warps: Of a program.
+        turns: How often a program goes on to the next tokens.
+    """
 
     rows: int
     warps: int
+    turns: int = 1
 
 
 FORWARD = Blocks(rows=2, warps=16)
 BACKWARD = Blocks(rows=1, warps=16)
+# With the gradient of the scale. Every program writes a row of sums, so there are only as
+# many as two a multiprocessor of an H100 or H200.
+BACKWARD_SCALE = Blocks(rows=1, warps=16)
+PROGRAMS = 256
 MAX_CHANNELS = 16384
 
 
@@ -51,28 +64,39 @@ def _residual_norm(eps, x, delta, scale):
 
 
 def _forward(eps, x, delta, scale):
-    total, out = _residual_norm(eps, x, delta, scale)
-    return (total, out), (total, scale, None if delta is None else ())
+    total, out = _residual_norm(
+        eps, x.value, None if delta is None else delta.value, scale.value
+    )
+    # What is static has to be told by the tree's structure.
+    has_delta = None if delta is None else ()
+    is_trained = () if scale.perturbed else None
+    return (total, out), (total, scale.value, has_delta, is_trained)
 
 
 def _backward(eps, saved, cotangents):
-    total, scale, has_delta = saved
-    dtotal, dout = cotangents
-    inputs = {"x": total, "dsum": dtotal, "dout": dout}
-    inputs = {name: _rows(value) for name, value in inputs.items()} | {"scale": scale}
-    outputs = {"dx": jax.ShapeDtypeStruct(inputs["x"].shape, total.dtype)}
-    dx = _call(_backward_kernel, BACKWARD, eps, inputs, outputs)["dx"]
-    dx = dx.reshape(total.shape)
-    # Left to XLA, which drops it where the scale is not trained.
-    wide = total.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    normed = (wide * jax.lax.rsqrt(mean_square + eps)).astype(total.dtype)
-    terms = dout.astype(jnp.float32) * normed.astype(jnp.float32)
-    dscale = jnp.sum(terms, axis=(0, 1)).astype(scale.dtype)
+    total, scale, has_delta, is_trained = saved
+    inputs = {"x": _rows(total), "scale": scale}
+    # There is no array of zeros for a result that nobody used.
+    for name, cotangent in zip(("dsum", "dout"), cotangents, strict=True):
+        if not isinstance(cotangent, SymbolicZero):
+            inputs[name] = _rows(cotangent)
+    like = inputs["x"]
+    outputs = {"dx": jax.ShapeDtypeStruct(like.shape, total.dtype)}
+    blocks = BACKWARD
+    if is_trained is not None:
+        tiles = pl.cdiv(like.shape[0], BACKWARD_SCALE.rows)
+        blocks = BACKWARD_SCALE._replace(turns=pl.cdiv(tiles, PROGRAMS))
+        programs = pl.cdiv(tiles, blocks.turns)
+        partial = (programs, blocks.rows, like.shape[1])
+        outputs["dscale"] = jax.ShapeDtypeStruct(partial, jnp.float32)
+    found = _call(_backward_kernel, blocks, eps, inputs, outputs)
+    dx, dscale = found["dx"].reshape(total.shape), None
+    if is_trained is not None:
+        dscale = jnp.sum(found["dscale"], axis=(0, 1)).astype(scale.dtype)
     return dx, None if has_delta is None else dx, dscale
 
 
-_residual_norm.defvjp(_forward, _backward)
+_residual_norm.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _rows(x):
@@ -80,9 +104,10 @@ def _rows(x):
 
 
 def _call(kernel, blocks, eps, inputs, outputs):
+    tokens = blocks.rows * blocks.turns
     found = pl.pallas_call(
-        functools.partial(kernel, names=(*inputs, *outputs), rows=blocks.rows, eps=eps),
-        grid=(pl.cdiv(inputs["x"].shape[0], blocks.rows),),
+        functools.partial(kernel, names=(*inputs, *outputs), blocks=blocks, eps=eps),
+        grid=(pl.cdiv(inputs["x"].shape[0], tokens),),
         out_shape=list(outputs.values()),
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=1),
         interpret=gpu.INTERPRET,
@@ -94,59 +119,104 @@ def _call(kernel, blocks, eps, inputs, outputs):
 class _Tile:
     """A program's tokens, and how it reads and writes them as [tokens, channels]."""
 
-    def __init__(self, refs, rows):
-        self.refs = refs
-        tokens, self.channels = refs["x"].shape
-        width = pl.next_power_of_2(self.channels)
-        row = pl.program_id(0) * rows + jnp.arange(rows, dtype=jnp.int32)
-        channel = jnp.arange(width, dtype=jnp.int32)
-        self.row = jnp.broadcast_to(row[:, None], (rows, width))
-        self.channel = jnp.broadcast_to(channel[None, :], (rows, width))
-        self.inside = None
-        if tokens % rows or width != self.channels:
-            self.inside = (self.row < tokens) & (self.channel < self.channels)
+    def __init__(self, refs, blocks):
+        self.refs, self.blocks, self.program = refs, blocks, pl.program_id(0)
+        self.tokens, self.channels = refs["x"].shape
+        self.shape = (blocks.rows, pl.next_power_of_2(self.channels))
+        channel = jnp.arange(self.shape[1], dtype=jnp.int32)
+        self.channel = jnp.broadcast_to(channel[None, :], self.shape)
 
-    def load(self, name):
-        """Float32 values of `name`, zeros outside."""
-        at = (self.row, self.channel)
-        if name == "scale":
-            at = (self.channel,)
-        other = None if self.inside is None else 0.0
-        value = plt.load(self.refs[name].at[at], mask=self.inside, other=other)
-        return value.astype(jnp.float32)
+    def load(self, name, turn=0):
+        """Values of `name`, zeros outside."""
+        mask = self.inside(turn)
+        other = None if mask is None else 0.0
+        ref = self.refs[name].at[self._row(turn), self.channel]
+        return plt.load(ref, mask=mask, other=other)
 
-    def store(self, name, value):
+    def scale(self):
+        """Float32 values of the scale, rounded as the norm is, for every token."""
+        inside = self._channel_inside()
+        other = None if inside is None else 0.0
+        value = plt.load(self.refs["scale"].at[self.channel], mask=inside, other=other)
+        return value.astype(self.refs["x"].dtype).astype(jnp.float32)
+
+    def store(self, name, value, turn=0):
         """Writes values inside."""
         ref = self.refs[name]
-        at = ref.at[(self.row, self.channel)]
-        plt.store(at, value.astype(ref.dtype), mask=self.inside)
+        at = ref.at[self._row(turn), self.channel]
+        plt.store(at, value.astype(ref.dtype), mask=self.inside(turn))
+
+    def store_partial(self, name, value):
+        """Writes the program's own sums over its turns."""
+        row = jnp.arange(self.shape[0], dtype=jnp.int32)
+        row = jnp.broadcast_to(row[:, None], self.shape)
+        at = self.refs[name].at[self.program, row, self.channel]
+        plt.store(at, value, mask=self._channel_inside())
 
     def factor(self, x, eps):
         """1 / root mean square of each token."""
         total = jnp.sum(x * x, axis=1, keepdims=True)
         return jax.lax.rsqrt(total * (1.0 / self.channels) + eps)
 
+    def _row(self, turn):
+        first = (self.program * self.blocks.turns + turn) * self.blocks.rows
+        row = first + jnp.arange(self.shape[0], dtype=jnp.int32)
+        return jnp.broadcast_to(row[:, None], self.shape)
 
-def _forward_kernel(*refs, names, rows, eps):
+    def _channel_inside(self):
+        if self.shape[1] == self.channels:
+            return None
+        return self.channel < self.channels
+
+    def inside(self, turn):
+        inside = self._channel_inside()
+        if self.tokens % (self.blocks.rows * self.blocks.turns) == 0:
+            return inside
+        is_token = self._row(turn) < self.tokens
+        return is_token if inside is None else is_token & inside
+
+
+def _forward_kernel(*refs, names, blocks, eps):
     refs = dict(zip(names, refs, strict=True))
-    tile = _Tile(refs, rows)
-    x, dtype = tile.load("x"), refs["x"].dtype
+    tile = _Tile(refs, blocks)
+    f32, dtype = jnp.float32, refs["x"].dtype
+    x = tile.load("x").astype(f32)
     if "delta" in refs:
-        x = (x + tile.load("delta")).astype(dtype)
+        x = (x + tile.load("delta").astype(f32)).astype(dtype)
         tile.store("sum", x)
-        x = x.astype(jnp.float32)
-    normed = (x * tile.factor(x, eps)).astype(dtype).astype(jnp.float32)
-    scale = tile.load("scale").astype(dtype).astype(jnp.float32)
-    tile.store("out", normed * scale)
+        x = x.astype(f32)
+    normed = (x * tile.factor(x, eps)).astype(dtype).astype(f32)
+    tile.store("out", normed * tile.scale())
 
 
-def _backward_kernel(*refs, names, rows, eps):
+def _backward_kernel(*refs, names, blocks, eps):
     refs = dict(zip(names, refs, strict=True))
-    tile = _Tile(refs, rows)
-    x = tile.load("x")
-    scale = tile.load("scale").astype(refs["x"].dtype).astype(jnp.float32)
-    dnormed = tile.load("dout") * scale
-    factor = tile.factor(x, eps)
-    along = jnp.sum(dnormed * x, axis=1, keepdims=True) * (1.0 / tile.channels)
-    dx = factor * (dnormed - x * (factor * factor * along))
-    tile.store("dx", dx + tile.load("dsum"))
+    tile = _Tile(refs, blocks)
+    read = [name for name in ("x", "dout", "dsum") if name in refs]
+    scale = tile.scale()
+
+    def take(turn, dscale):
+        """Writes a turn's dx; returns the sums with the turn's terms."""
+        value = {name: tile.load(name, turn).astype(jnp.float32) for name in read}
+        x = value["x"]
+        zeros = jnp.zeros(tile.shape, jnp.float32)
+        dout, dx = value.get("dout", zeros), value.get("dsum", zeros)
+        factor = tile.factor(x, eps)
+        dnormed = dout * scale
+        along = jnp.sum(dnormed * x, axis=1, keepdims=True) * (1.0 / tile.channels)
+        dx = dx + factor * (dnormed - x * (factor * factor * along))
+        tile.store("dx", dx, turn)
+        if dscale is None:
+            return None
+        normed = (x * factor).astype(refs["x"].dtype).astype(jnp.float32)
+        terms = dout * normed
+        inside = tile.inside(turn)
+        # What a token past the end divides by may be zero.
+        return dscale + (terms if inside is None else jnp.where(inside, terms, 0.0))
+
+    if "dscale" not in refs:
+        take(0, None)
+        return
+    zeros = jnp.zeros(tile.shape, jnp.float32)
+    dscale = jax.lax.fori_loop(0, blocks.turns, take, zeros)
+    tile.store_partial("dscale", dscale)

@@ -47,8 +47,8 @@ def make_inputs(shape, *, options=True, seed=0):
     return inputs, normal(*inputs["x"].shape)
 
 
-@functools.partial(quick_jit, static_argnames=("implementation", "activation"))
-def pull_back(implementation, inputs, ids, cotangent, activation="silu"):
+@functools.partial(quick_jit, static_argnames=("implementation", "activation", "group"))
+def pull_back(implementation, inputs, ids, cotangent, activation="silu", group=None):
     """The output and the gradient of every float input."""
 
     def conv(inputs):
@@ -56,6 +56,7 @@ def pull_back(implementation, inputs, ids, cotangent, activation="silu"):
             **inputs,
             segment_ids=ids,
             activation=activation,
+            group=group,
             implementation=implementation,
         )
 
@@ -134,6 +135,36 @@ class TestEveryImplementation:
         second = conv(x[:, 26:], **(inputs | {"initial_window": x[:, 23:26]}))
         assert_close(np.concatenate([first, second], axis=1), whole, 1e-6)
 
+    @pytest.mark.parametrize(
+        ("channels", "group", "repeats"), [(24, 4, 2), (6, 3, 2), (16, None, 4)]
+    )
+    def test_groups_are_repeated(
+        self, implementation, channels, group, repeats, make_segments, assert_tree_close
+    ):
+        shape = shapes.Shape(2, 21, channels * repeats, 4)
+        inputs, cotangent = make_inputs(shape)
+        ids = make_segments(np.random.default_rng(1), 2, 21, 2)
+        step = group or channels
+        first = [f for f in range(channels * repeats) if f // step % repeats == 0]
+
+        def repeat(value):
+            parts = np.split(value, channels // step, axis=-1)
+            return np.concatenate([p for p in parts for _ in range(repeats)], axis=-1)
+
+        few = {k: inputs[k][..., first] for k in ("x", "initial_window")}
+        y, gradients = pull_back(
+            "reference",
+            inputs | {k: repeat(v) for k, v in few.items()},
+            ids,
+            cotangent,
+        )
+        for k, value in few.items():
+            split = gradients[k].reshape(*value.shape[:2], -1, repeats, step)
+            gradients[k] = np.asarray(split).sum(axis=3).reshape(value.shape)
+        conv = functools.partial(pull_back, implementation, group=group)
+        found = conv(inputs | few, ids, cotangent)
+        assert_tree_close(found, (y, gradients), 1e-5)
+
     @pytest.mark.parametrize("splits", [(32, 64, 32), (10, 118), (128,)])
     def test_splits_are_parts_of_the_whole(
         self, implementation, splits, assert_tree_close
@@ -198,8 +229,8 @@ class TestEveryImplementation:
     ("name", "size", "message"),
     [
         ("x", (2, 7), "x has shape (2, 7), expected [B L C]"),
-        ("kernel", (4, 5), "kernel has shape (4, 5), expected [W C] = (4, 6)"),
-        ("bias", (4,), "bias has shape (4,), expected [C] = (6,)"),
+        ("kernel", (4, 5), "kernel has 5 channels, no multiple of the 6 of x"),
+        ("bias", (4,), "bias has shape (4,), expected [F] = (6,)"),
         ("initial_window", (2, 4, 6), "initial_window has shape (2, 4, 6), expected"),
         ("segment_ids", (2, 6), "segment_ids has shape (2, 6), expected [B L]"),
     ],

@@ -48,6 +48,23 @@ def test_lowers_with_parts(lower_for_cuda):
     assert "concatenate" not in text
 
 
+def test_lowers_with_repeats(lower_for_cuda):
+    x = jax.ShapeDtypeStruct((8, 2048, 1024), jnp.bfloat16)
+    y = jax.ShapeDtypeStruct((8, 2048, 4096), jnp.bfloat16)
+    kernel = jax.ShapeDtypeStruct((4, 4096), jnp.float32)
+
+    def both(x, kernel, dy):
+        conv = functools.partial(causal_conv, group=16, activation="silu")
+        y, pull = jax.vjp(conv, x, kernel)
+        return y, pull(dy)
+
+    text = lower_for_cuda(both, x, kernel, y)
+    assert text.count("__gpu$xla.gpu.triton") == 2
+    # Neither x nor its gradient exists in the wide form.
+    assert "stablehlo.broadcast_in_dim" not in text
+    assert text.count("stablehlo.reduce") == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -106,3 +123,25 @@ def test_compiled_kernels_write_parts(assert_tree_close):
         return y, pull(dy)
 
     assert_tree_close(pull_back(splits), pull_back(None), 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA GPU")
+def test_compiled_kernels_repeat_groups(assert_tree_close):
+    keys = jax.random.split(jax.random.key(0), 4)
+    low = {
+        "x": jax.random.normal(keys[0], (2, 259, 1024)).astype(jnp.bfloat16),
+        "kernel": jax.random.normal(keys[1], (4, 4096)),
+        "initial_window": jax.random.normal(keys[2], (2, 3, 1024)).astype(jnp.bfloat16),
+    }
+    dy = jax.random.normal(keys[3], (2, 259, 4096)).astype(jnp.bfloat16)
+
+    def pull_back(inputs, dy, implementation):
+        conv = functools.partial(causal_conv, group=16, implementation=implementation)
+        y, pull = jax.vjp(lambda i: conv(**i, activation="silu"), inputs)
+        return y, pull(dy)[0]
+
+    exact = jax.tree.map(lambda v: v.astype(jnp.float32), (low, dy))
+    expected = jax.jit(pull_back, static_argnums=2)(*exact, "reference")
+    found = jax.jit(pull_back, static_argnums=2)(low, dy, "pallas_triton")
+    assert_tree_close(found, expected, 1e-2)

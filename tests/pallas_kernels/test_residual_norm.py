@@ -29,10 +29,12 @@ pytestmark = pytest.mark.usefixtures("interpreted", "small_blocks")
 
 @pytest.fixture(params=[1, 4])
 def small_blocks(request, monkeypatch):
-    """One token a program, and several."""
+    """One token a program, and several; three programs sum the gradient of the scale."""
     blocks = pallas_triton.Blocks(rows=request.param, warps=1)
     monkeypatch.setattr(pallas_triton, "FORWARD", blocks)
     monkeypatch.setattr(pallas_triton, "BACKWARD", blocks)
+    monkeypatch.setattr(pallas_triton, "BACKWARD_SCALE", blocks)
+    monkeypatch.setattr(pallas_triton, "PROGRAMS", 3)
 
 
 def make_inputs(shape, *, with_delta=True, seed=0):
@@ -149,6 +151,24 @@ class TestEveryImplementation:
         expected, gradients = pull_back(implementation, inputs, cotangents)
         assert_close(outputs[1], expected[1], 1e-6)
         assert_close(vjp([jnp.asarray(c) for c in cotangents])[0], gradients["x"], 1e-6)
+
+
+@pytest.mark.parametrize("unused", [0, 1])
+def test_gradients_of_one_result_alone(unused, assert_tree_close):
+    """A result that nobody reads has no gradient, not even an array of zeros."""
+    inputs, cotangents = make_inputs(shapes.SMALL["odd"])
+
+    def pull(implementation, inputs):
+        norm = functools.partial(residual_norm, implementation=implementation)
+        _, vjp = jax.vjp(lambda i: norm(**i, eps=EPS)[1 - unused], inputs)
+        return vjp(cotangents[1 - unused])[0]
+
+    found = quick_jit(functools.partial(pull, "pallas_triton"))(inputs)
+    expected = pull("xla", inputs)
+    if unused == 1:
+        assert not found.pop("scale").any()
+        del expected["scale"]
+    assert_tree_close(found, expected, 1e-6)
 
 
 @pytest.mark.parametrize(

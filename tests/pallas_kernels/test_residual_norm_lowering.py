@@ -9,21 +9,28 @@ import pytest
 from pallas_kernels.residual_norm import residual_norm, shapes
 
 
+@pytest.mark.parametrize("is_trained", [True, False])
 @pytest.mark.parametrize("with_delta", [True, False])
 @pytest.mark.parametrize("channels", [2560, 4096])
-def test_lowers_to_one_kernel_a_pass(channels, with_delta, lower_for_cuda):
+def test_lowers_to_one_kernel_a_pass(channels, with_delta, is_trained, lower_for_cuda):
     shape = shapes.LARGE["paper_8b"]._replace(channels=channels)
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     scale = jax.ShapeDtypeStruct((channels,), jnp.float32)
 
     def both(x, delta, scale, cotangents):
         delta = delta if with_delta else None
-        norm = functools.partial(residual_norm, scale=scale, eps=1e-5)
-        outputs, pull = jax.vjp(lambda x: norm(x, delta), x)
+        norm = functools.partial(residual_norm, eps=1e-5)
+        if is_trained:
+            outputs, pull = jax.vjp(lambda x, s: norm(x, delta, s), x, scale)
+        else:
+            outputs, pull = jax.vjp(lambda x: norm(x, delta, scale), x)
         return outputs, pull(cotangents)
 
     text = lower_for_cuda(both, x, x, scale, (x, x))
     assert text.count("__gpu$xla.gpu.triton") == 2
+    # The compiler only adds up what programs have found for the scale.
+    assert text.count("stablehlo.reduce") == int(is_trained)
+    assert "stablehlo.rsqrt" not in text
 
 
 @pytest.mark.gpu
