@@ -10,7 +10,7 @@ from mil_jax import sharding
 from mil_jax.config import ComputeConfig, ModelConfig
 from mil_jax.models import rope
 from mil_jax.models.cache import KVCache, write_rows
-from mil_jax.models.layers import Linear, RMSNorm, pack, project
+from mil_jax.models.layers import Linear, RMSNorm, Unnormed, normed, pack, project
 from pallas_kernels.cached_attention import (
     cached_attention,
     rotate_and_append,
@@ -75,11 +75,14 @@ class Attention(nnx.Module):
 
     def cached(
         self,
-        u: Float[Array, "B T D"],
+        u: Float[Array, "B T D"] | Unnormed,
         cache: KVCache,
         lengths: Int[Array, "B"],
+        residual: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Appends T tokens at positions `lengths + t` and attends to the cache.
+
+        The output is added to `residual` if given.
 
         Prefill and decoding are this one method: a row's stale or padded slots lie at
         positions after its queries and are masked by causality.
@@ -97,13 +100,14 @@ class Attention(nnx.Module):
             return cached_attention(q, k, v, lengths, sliding_window=window), k, v
 
         if c.qk_norm:
+            u = normed(u)
             new = self._project(u, rotation.next_positions(lengths, u.shape[1]))
         else:
             new = jnp.concatenate(project(self, QKV, u), axis=-1)
         # The compiler has no rule for splitting a kernel: it would gather the caches.
         rows = (new, cache.k, cache.v, lengths)
         out, k, v = sharding.by_rows(attend, None, rows)
-        return self._output(out), KVCache(k, v)
+        return self._output(out, residual), KVCache(k, v)
 
     def _project(
         self, u: Float[Array, "B L D"], positions: Int[Array, "B L"]
@@ -125,5 +129,7 @@ class Attention(nnx.Module):
         c = self.config
         return rope.inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
 
-    def _output(self, out: Float[Array, "B L H P"]) -> Float[Array, "B L D"]:
-        return self.o_proj(out.reshape(*out.shape[:2], -1))
+    def _output(
+        self, out: Float[Array, "B L H P"], residual: jax.Array | None = None
+    ) -> Float[Array, "B L D"]:
+        return self.o_proj(out.reshape(*out.shape[:2], -1), residual)

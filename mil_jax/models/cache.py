@@ -36,7 +36,8 @@ class SSMCache:
         pending_window: Inputs of the convolution from position i on, [B, S, C]; where one
             product holds them among others, that product.
         pending: Inputs of the scan from position i on: x after the convolution, dt before
-            softplus, B; S slots each, None for what is in that product.
+            softplus, B or the product that holds it; S slots each, None for what is in
+            the product above.
     """
 
     state: Float[Array, "..."]
@@ -148,7 +149,10 @@ def _init_ssm_cache(
         x, dt = (ssm.d_inner,), (ssm.d_inner,)
         b, conv = (groups, ssm.d_state), ssm.d_xb
         packed = ssm.d_xb + ssm.d_inner
-        if is_packed and not is_pure:
+        if is_packed and is_pure:
+            # What gives dt, B and C is one product too, of another input.
+            b = (ssm.dt_rank + 2 * ssm.d_state,)
+        elif is_packed:
             packed += ssm.dt_rank + ssm.d_xb + ssm.d_inner
             b = None
     else:

@@ -26,6 +26,7 @@ from mil_jax.models.layers import (
     PackedLinear,
     Packing,
     RMSNorm,
+    Unnormed,
     multiply_float32,
     pack,
 )
@@ -112,15 +113,15 @@ class DecoderLayer(nnx.Module):
         commit: bool,
     ) -> tuple[Float[Array, "B T D"], KVCache | SSMCache]:
         """Runs T tokens that may be taken back."""
-        u = self.input_norm(h)
+        u = Unnormed(h, self.input_norm)
         if self.kind == "attention":
-            mixed, cache = self.mixer.cached(u, cache, lengths)
+            h, cache = self.mixer.cached(u, cache, lengths, h)
         else:
-            mixed, cache = self.mixer.decode(u, cache, num_pending, commit=commit)
-        return self._feed_forward(h + mixed), cache
+            h, cache = self.mixer.decode(u, cache, num_pending, h, commit=commit)
+        return self._feed_forward(h), cache
 
     def _feed_forward(self, h: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return h if self.mlp is None else h + self.mlp.of_norm(h, self.mlp_norm)
+        return h if self.mlp is None else self.mlp.add_to(h, self.mlp_norm)
 
 
 # Equal layers are traced once, though the compiler sees each. What is traced depends on the
@@ -233,7 +234,7 @@ class HybridLM(nnx.Module):
             else Linear((d, v), ("embed", "vocab"), dtype=compute.dtype, rngs=rngs)
         )
         if self.lm_head is not None:
-            pack(self, compute, ("lm_head",))
+            pack(self, compute, ("lm_head",), may_transpose=False)
         self.vocab: nnx.Variable | None = None
         self.config = config
         self.compute = compute

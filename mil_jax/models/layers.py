@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from mil_jax import sharding
 from mil_jax.config import ComputeConfig
 from pallas_kernels.multi_step.columns import Columns
+from pallas_kernels.narrow_product import is_kept_by_output, narrow_product
 from pallas_kernels.norms import rms_norm
 from pallas_kernels.residual_norm.api import residual_norm
 
@@ -67,12 +69,14 @@ class Linear(nnx.Module):
         )
         self.dtype = dtype
 
-    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        """Returns the product in `dtype`."""
-        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        if self.bias is None:
-            return y
-        return y + jnp.broadcast_to(self.bias[...].astype(self.dtype), y.shape)
+    def __call__(
+        self, x: "Float[Array, '*B I'] | Unnormed", residual: jax.Array | None = None
+    ) -> Float[Array, "*B O"]:
+        """Returns the product in `dtype`, added to a residual stream if one is given."""
+        y = normed(x).astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        if self.bias is not None:
+            y = y + jnp.broadcast_to(self.bias[...].astype(self.dtype), y.shape)
+        return y if residual is None else residual + y
 
 
 def product_of_all(x: Float[Array, "*B I"], *linears: Linear) -> Float[Array, "*B O"]:
@@ -132,11 +136,14 @@ class PackedLinear(nnx.Module):
         self.dtype = dtype
 
     @classmethod
-    def of_linears(cls, linears: Sequence[Linear]) -> "PackedLinear":
-        """Returns the maps side by side."""
+    def of_linears(
+        cls, linears: Sequence[Linear], may_transpose: bool
+    ) -> "PackedLinear":
+        """Returns the maps side by side, as [out, in] where a kernel wants them so."""
         kernels = [linear.kernel for linear in linears]
         widths = tuple(kernel.shape[1] for kernel in kernels)
-        packing = Packing(widths)
+        by_output = is_kept_by_output(sum(widths), kernels[0].shape[0])
+        packing = Packing(widths, may_transpose and by_output)
         biases = [linear.bias for linear in linears if linear.bias is not None]
         bias = _pack_params(biases, Packing(widths)) if biases else None
         return cls(_pack_params(kernels, packing), bias, packing, linears[0].dtype)
@@ -146,12 +153,42 @@ class PackedLinear(nnx.Module):
         """Whether the kernel is [out, in]."""
         return self.packing.is_transposed
 
-    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        """Returns all products side by side, in `dtype`."""
-        y = multiply(x.astype(self.dtype), self.kernel[...], self.is_transposed)
-        if self.bias is None:
-            return y
-        return y + jnp.broadcast_to(self.bias[...].astype(self.dtype), y.shape)
+    @property
+    def by_output(self) -> Float[Array, "O I"]:
+        """The kernel as [out, in]."""
+        kernel = self.kernel[...]
+        return kernel if self.is_transposed else kernel.T
+
+    def __call__(
+        self, x: "Float[Array, 'B L I'] | Unnormed", residual: jax.Array | None = None
+    ) -> Float[Array, "B L O"]:
+        """Returns all products side by side, in `dtype`, added to a residual stream."""
+        if not self.is_transposed:
+            y = multiply(normed(x).astype(self.dtype), self.kernel[...], False)
+        else:
+            y = self._narrow(x, residual if self.bias is None else None)
+            if self.bias is None:
+                return y
+        if self.bias is not None:
+            y = y + jnp.broadcast_to(self.bias[...].astype(self.dtype), y.shape)
+        return y if residual is None else residual + y
+
+    def _narrow(
+        self, x: "Float[Array, 'B L I'] | Unnormed", residual: jax.Array | None
+    ) -> Float[Array, "B L O"]:
+        """Returns the product without bias; its kernel is [out, in]."""
+        norm = {}
+        if isinstance(x, Unnormed):
+            norm = {"scale": x.norm.scale[...], "eps": x.norm.eps}
+        mesh = sharding.current_mesh()
+        return narrow_product(
+            (x.h if norm else x).astype(self.dtype),
+            self.kernel[...],
+            residual=residual,
+            # The compiler has no rule for splitting a kernel: it would gather the weights.
+            implementation=None if mesh is None or mesh.size == 1 else "xla",
+            **norm,
+        )
 
 
 def multiply(
@@ -192,7 +229,8 @@ multiply_float32.defvjp(_multiply_forward, _multiply_backward)
 
 def _pack_params(params: Sequence[nnx.Param], packing: Packing) -> nnx.Param:
     *outer, last = params[0].get_metadata()["logical_axes"]
-    axes = (*outer, last if len(params) == 1 else "packed")
+    last = last if len(params) == 1 else "packed"
+    axes = (last, *outer) if packing.is_transposed else (*outer, last)
     return nnx.Param(
         packing.join([param[...] for param in params]),
         logical_axes=axes,
@@ -200,33 +238,50 @@ def _pack_params(params: Sequence[nnx.Param], packing: Packing) -> nnx.Param:
     )
 
 
-def pack(owner: nnx.Module, compute: ComputeConfig, *groups: tuple[str, ...]) -> None:
+def pack(
+    owner: nnx.Module,
+    compute: ComputeConfig,
+    *groups: tuple[str, ...],
+    may_transpose: bool = True,
+) -> None:
     """Lays out an owner's projections as `compute.layout` says.
 
     For decoding, the projections of a group, which read the same input, become one
-    attribute whose name joins theirs by "+". Then read them by `project`.
+    attribute whose name joins theirs by "+". Then read them by `project`, or call it.
+
+    Args:
+        owner: Has the projections as attributes.
+        compute: Says how.
+        *groups: Names of projections.
+        may_transpose: Whether products that are called may be kept as [out, in].
     """
     if compute.layout == "train":
         return
     for names in groups:
-        packed = PackedLinear.of_linears([getattr(owner, name) for name in names])
+        linears = [getattr(owner, name) for name in names]
+        packed = PackedLinear.of_linears(linears, may_transpose)
         for name in names:
             delattr(owner, name)
         setattr(owner, "+".join(names), packed)
 
 
 def project(
-    owner: nnx.Module, names: tuple[str, ...], x: Float[Array, "*B I"]
+    owner: nnx.Module,
+    names: tuple[str, ...],
+    x: "Float[Array, 'B L I'] | Unnormed",
 ) -> list[jax.Array]:
     """Returns the products of x with the projections of one group, in either layout."""
     packed = getattr(owner, "+".join(names), None)
     if packed is None:
+        x = normed(x)
         return [getattr(owner, name)(x) for name in names]
     return packed.packing.split_outputs(packed(x))
 
 
 def project_columns(
-    owner: nnx.Module, names: tuple[str, ...], x: Float[Array, "B L I"]
+    owner: nnx.Module,
+    names: tuple[str, ...],
+    x: "Float[Array, 'B L I'] | Unnormed",
 ) -> list[jax.Array | Columns]:
     """Returns what `project` does, uncut where one product holds it all."""
     packed = getattr(owner, "+".join(names), None)
@@ -275,3 +330,20 @@ class RMSNorm(nnx.Module):
             return residual_norm(*rows, scale, eps=self.eps)
 
         return sharding.by_rows(run, self.scale[...], (x, delta))
+
+
+class Unnormed(NamedTuple):
+    """An input whose norm is up to the product that reads it.
+
+    Attributes:
+        h: Before the norm.
+        norm: What the product is of.
+    """
+
+    h: Float[Array, "B L D"]
+    norm: RMSNorm
+
+
+def normed(x: Float[Array, "*B D"] | Unnormed) -> Float[Array, "*B D"]:
+    """Returns the input after its norm."""
+    return x.norm(x.h) if isinstance(x, Unnormed) else x

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mil_jax import sharding
 from mil_jax.config import ComputeConfig, ModelConfig
 from mil_jax.models.cache import SSMCache
 from mil_jax.models.layers import (
     Linear,
+    Unnormed,
     make_param,
     pack,
     project,
@@ -16,7 +18,10 @@ from mil_jax.models.layers import (
     uniform_init,
 )
 from mil_jax.models.ssm import Projected, ScanInputs, SSMMixer, dt_bias_init
-from pallas_kernels.multi_step.api import selective_multi_step
+from pallas_kernels.mamba_step import Cache as StepCache
+from pallas_kernels.mamba_step import Weights as StepWeights
+from pallas_kernels.mamba_step import mamba_step
+from pallas_kernels.multi_step.api import Pending, selective_multi_step
 from pallas_kernels.multi_step.columns import Columns, as_array, by_group
 from pallas_kernels.selective_scan.api import selective_scan
 
@@ -63,6 +68,7 @@ class MambaMixer(SSMMixer):
         # A hybrid's projections all read the layer's input.
         groups = (X_Z, DT_B_C) if self.is_pure else (X_Z + DT_B_C,)
         pack(self, compute, *groups, ("dt_up",), ("out_proj",))
+        self.is_packed = compute.layout == "decode"
         self.dt_bias = make_param(dt_bias_init, (e,), ("d_inner",), rngs)
         taps = ssm.d_conv
         conv_init = uniform_init(taps**-0.5)
@@ -74,12 +80,46 @@ class MambaMixer(SSMMixer):
         self.conv_group = None if x == e else n
         self.implementation = compute.kernel
 
-    def project(self, u: Float[Array, "B L D"]) -> Projected:
+    def project(self, u: Float[Array, "B L D"] | Unnormed) -> Projected:
         """Returns x, z and, in a hybrid, dt, B and C."""
         if self.is_pure:
             return Projected(*project_columns(self, X_Z, u))
         x, z, *dt_B_C = project_columns(self, X_Z + DT_B_C, u)
         return Projected(x, z, *self._dt_B_C(*dt_B_C))
+
+    def decode(
+        self,
+        u: Float[Array, "B T D"] | Unnormed,
+        cache: SSMCache,
+        num_pending: Int[Array, "B"],
+        residual: Float[Array, "B T D"] | None = None,
+        *,
+        commit: bool,
+    ) -> tuple[Float[Array, "B T D"], SSMCache]:
+        """Does what every mixer does; a pure one laid out for decoding in fewer kernels."""
+        if not (self.is_pure and self.is_packed):
+            return super().decode(u, cache, num_pending, residual, commit=commit)
+        pending = (cache.pending_window, *cache.pending)
+        mesh = sharding.current_mesh()
+        y, new = mamba_step(
+            getattr(self, "+".join(X_Z))(u),
+            StepCache(cache.state, cache.window, *pending),
+            num_pending,
+            StepWeights(
+                conv_kernel=self.conv_kernel[...],
+                conv_bias=self.conv_bias[...],
+                maps=getattr(self, "+".join(DT_B_C)).by_output,
+                dt_up=self.dt_up.by_output,
+                dt_bias=self.dt_bias[...],
+                A_log=self.A_log[...],
+                D=self.D[...],
+            ),
+            commit=commit,
+            implementation=None if mesh is None or mesh.size == 1 else "composed",
+        )
+        state, window, pending_window, *pending = new
+        cache = SSMCache(state, window, pending_window, Pending(*pending))
+        return self.output(y, residual), cache
 
     def scan_inputs(
         self, projected: Projected, conv_out: Float[Array, "B L E"]
@@ -138,9 +178,11 @@ class MambaMixer(SSMMixer):
             commit=commit,
         )
 
-    def output(self, y: Float[Array, "B L E"]) -> Float[Array, "B L D"]:
+    def output(
+        self, y: Float[Array, "B L E"], residual: jax.Array | None = None
+    ) -> Float[Array, "B L D"]:
         """Applies out_proj."""
-        return self.out_proj(y)
+        return self.out_proj(y, residual)
 
     def _A(self) -> Float[Array, "E N"]:
         return -jnp.exp(self.A_log[...].astype(jnp.float32))

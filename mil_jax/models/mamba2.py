@@ -11,7 +11,9 @@ from mil_jax.config import ComputeConfig, ModelConfig
 from mil_jax.models.cache import SSMCache
 from mil_jax.models.layers import (
     Linear,
+    Unnormed,
     make_param,
+    normed,
     pack,
     product_of_all,
     project_columns,
@@ -68,12 +70,13 @@ class Mamba2Mixer(SSMMixer):
         self.n_heads, self.n_kv_heads = h, config.n_kv_heads
         self.implementation = compute.kernel
 
-    def project(self, u: Float[Array, "B L D"]) -> Projected:
+    def project(self, u: Float[Array, "B L D"] | Unnormed) -> Projected:
         """Returns [x, B, C] for the convolution, the gate and dt."""
         if self.is_packed:
             x, B, C, z, dt = project_columns(self, INPUTS, u)
             width = x.sizes[0] + B.sizes[0] + C.sizes[0]
             return Projected(dataclasses.replace(x, sizes=(width,)), z, dt)
+        u = normed(u)
         conv_in = product_of_all(u, self.x_proj, self.B_proj, self.C_proj)
         return Projected(conv_in, self.z_proj(u), self.dt_proj(u))
 
@@ -139,9 +142,11 @@ class Mamba2Mixer(SSMMixer):
         z = as_array(z)
         return self.norm(y.reshape(z.shape), z), state
 
-    def output(self, y: Float[Array, "B L E"]) -> Float[Array, "B L D"]:
+    def output(
+        self, y: Float[Array, "B L E"], residual: jax.Array | None = None
+    ) -> Float[Array, "B L D"]:
         """Applies out_proj."""
-        return self.out_proj(y)
+        return self.out_proj(y, residual)
 
     def _A(self) -> Float[Array, "H"]:
         return -jnp.exp(self.A_log[...].astype(jnp.float32))

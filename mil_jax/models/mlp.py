@@ -19,17 +19,18 @@ class MLP(nnx.Module):
         self.gate_proj = Linear((d, f), ("embed", "mlp"), dtype=dtype, rngs=rngs)
         self.up_proj = Linear((d, f), ("embed", "mlp"), dtype=dtype, rngs=rngs)
         self.down_proj = Linear((f, d), ("mlp", "embed"), dtype=dtype, rngs=rngs)
-        pack(self, compute, GATE_UP, ("down_proj",))
+        pack(self, compute, GATE_UP, may_transpose=False)
+        pack(self, compute, ("down_proj",))
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Applies the layer to every token."""
         gate, up = project(self, GATE_UP, x)
         return self.down_proj(jax.nn.silu(gate) * up)
 
-    def of_norm(self, h: Float[Array, "B L D"], norm: RMSNorm) -> Float[Array, "B L D"]:
-        """Returns `self(norm(h))`; for decoding, all but the last product in one pass."""
+    def add_to(self, h: Float[Array, "B L D"], norm: RMSNorm) -> Float[Array, "B L D"]:
+        """Returns `h + self(norm(h))`; for decoding, in two passes over the weights."""
         packed = getattr(self, "+".join(GATE_UP), None)
         if packed is None:
-            return self(norm(h))
+            return h + self(norm(h))
         kernel, scale = packed.kernel[...], norm.scale[...]
-        return self.down_proj(gated_product(h, scale, kernel, eps=norm.eps))
+        return self.down_proj(gated_product(h, scale, kernel, eps=norm.eps), h)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mil_jax import sharding
 from mil_jax.models.cache import SSMCache, take_rows, write_rows
+from mil_jax.models.layers import Unnormed
 from pallas_kernels.causal_conv.api import causal_conv
 from pallas_kernels.multi_step.api import Pending, conv_multi_step
 from pallas_kernels.multi_step.columns import Columns, as_array
@@ -58,7 +59,7 @@ class SSMMixer(nnx.Module):
     conv_splits: tuple[int, ...] | None = None
 
     @abc.abstractmethod
-    def project(self, u: Float[Array, "B L D"]) -> Projected:
+    def project(self, u: Float[Array, "B L D"] | Unnormed) -> Projected:
         """Returns everything that is computed from the layer's input alone."""
 
     @abc.abstractmethod
@@ -95,8 +96,10 @@ class SSMMixer(nnx.Module):
         """
 
     @abc.abstractmethod
-    def output(self, y: Float[Array, "B L E"]) -> Float[Array, "B L D"]:
-        """Projects gated outputs back to the model's width."""
+    def output(
+        self, y: Float[Array, "B L E"], residual: jax.Array | None = None
+    ) -> Float[Array, "B L D"]:
+        """Projects gated outputs back to the model's width, and adds them to `residual`."""
 
     def __call__(
         self,
@@ -140,9 +143,10 @@ class SSMMixer(nnx.Module):
 
     def decode(
         self,
-        u: Float[Array, "B T D"],
+        u: Float[Array, "B T D"] | Unnormed,
         cache: SSMCache,
         num_pending: Int[Array, "B"],
+        residual: Float[Array, "B T D"] | None = None,
         *,
         commit: bool,
     ) -> tuple[Float[Array, "B T D"], SSMCache]:
@@ -152,6 +156,7 @@ class SSMMixer(nnx.Module):
             u: The layer's input for the new tokens.
             cache: h_i and the inputs since.
             num_pending: j - i per row, how many of those inputs were accepted.
+            residual: The outputs are added to it.
             commit: True writes h_j and makes the new tokens the pending ones; False keeps
                 h_i and appends the new tokens to the pending ones.
 
@@ -183,14 +188,15 @@ class SSMMixer(nnx.Module):
         )
         old = (cache.pending_window, cache.pending)
         new = (_stored(projected.conv_in), Pending(*map(_stored_alone, replayed)))
-        if commit and u.shape[1] == cache.pending_window.shape[1]:
+        if commit and y.shape[1] == cache.pending_window.shape[1]:
             # Every slot is written: the new tokens are the pending ones, uncopied.
             write = _as_stored
         else:
             start = jnp.zeros_like(num_pending) if commit else num_pending
             write = functools.partial(write_rows, start=start)
         pending_window, pending = jax.tree.map(write, old, new)
-        return self.output(y), SSMCache(state, window, pending_window, pending)
+        cache = SSMCache(state, window, pending_window, pending)
+        return self.output(y, residual), cache
 
     def _convolve(
         self,

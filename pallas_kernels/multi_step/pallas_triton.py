@@ -9,7 +9,6 @@ tokens are loaded, and those past the row's count get a step size of zero.
 
 import functools
 import itertools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import gpu
 from pallas_kernels.dispatch import UnsupportedError
+from pallas_kernels.multi_step import tiles
 from pallas_kernels.multi_step.columns import Columns
 
 # Tokens are unrolled, so this bounds registers and time to compile.
@@ -51,42 +51,6 @@ def _check_runs(op: str, tokens: int, *arrays: jax.Array) -> None:
     for dtype in {a.dtype for a in arrays}:
         if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise UnsupportedError(f"{op} does not take {dtype}")
-
-
-class _Part(NamedTuple):
-    """Positions along one axis and which of them the array has (None: all)."""
-
-    at: jax.Array
-    inside: jax.Array | None
-
-    @classmethod
-    def create(cls, start, count: int, size: int) -> "_Part":
-        at = start + jnp.arange(count, dtype=jnp.int32)
-        return cls(at, None if size % count == 0 else at < size)
-
-
-def _spread(rows: _Part, columns: _Part):
-    """Row and column numbers of a tile and its mask."""
-    shape = (rows.at.shape[0], columns.at.shape[0])
-    i = jnp.broadcast_to(rows.at[:, None], shape)
-    j = jnp.broadcast_to(columns.at[None, :], shape)
-    masks = [
-        jnp.broadcast_to(m, shape)
-        for m in (
-            None if rows.inside is None else rows.inside[:, None],
-            None if columns.inside is None else columns.inside[None, :],
-        )
-        if m is not None
-    ]
-    return i, j, functools.reduce(jnp.logical_and, masks) if masks else None
-
-
-def _read(ref, index, mask, other=0.0):
-    return plt.load(ref.at[index], mask=mask, other=None if mask is None else other)
-
-
-def _load(ref, index, mask, other=0.0):
-    return _read(ref, index, mask, other).astype(jnp.float32)
 
 
 class _Refs(dict):
@@ -136,27 +100,6 @@ def _when_active(refs, row, work, skip):
     pl.when(jnp.logical_not(is_active))(skip)
 
 
-def _unstack(tile, count: int):
-    """The first `count` rows of a tile, each as a vector, in registers."""
-    if tile.shape[0] == 1:
-        return [tile.reshape(tile.shape[1])]
-    rows = lax.split(tile, (1,) * tile.shape[0], 0)
-    return [row.reshape(tile.shape[1]) for row in rows[:count]]
-
-
-def _stack(rows):
-    """Inverse of `_unstack`; rows of zeros fill up to a power of two."""
-    rows = [
-        *rows,
-        *[jnp.zeros_like(rows[0])] * (gpu.power_of_two(len(rows)) - len(rows)),
-    ]
-    while len(rows) > 1:
-        half = len(rows) // 2
-        pairs = zip(rows[:half], rows[half:], strict=True)
-        rows = [jnp.stack(pair, axis=-1) for pair in pairs]
-    return rows[0].reshape(rows[0].shape[0], -1).T
-
-
 def _selective_kernel(*refs, names, columns, channels, states, is_log):
     """Some channels of one row: h [channels, states] through all the tokens.
 
@@ -167,17 +110,19 @@ def _selective_kernel(*refs, names, columns, channels, states, is_log):
     row = pl.program_id(1)
     d_inner, n = refs["A"].shape
     slots, tokens = _tokens(refs)
-    e = _Part.create(pl.program_id(0) * channels, channels, d_inner)
-    i, j, mask = _spread(e, _Part.create(0, states, n))
+    e = tiles.Part.create(pl.program_id(0) * channels, channels, d_inner)
+    i, j, mask = tiles.spread(e, tiles.Part.create(0, states, n))
 
     def optional(name):
-        return _load(refs[name], (e.at,), e.inside)[None, :] if name in refs else None
+        return (
+            tiles.load(refs[name], (e.at,), e.inside)[None, :] if name in refs else None
+        )
 
     def part(count):
-        return _Part.create(0, gpu.power_of_two(count), count)
+        return tiles.Part.create(0, gpu.power_of_two(count), count)
 
     def tile(name, count):
-        t, c, inside = _spread(part(count), e)
+        t, c, inside = tiles.spread(part(count), e)
         return refs.load(name, (row, t, c), inside)
 
     def maps(name, count):
@@ -187,8 +132,8 @@ def _selective_kernel(*refs, names, columns, channels, states, is_log):
     def work():
         count = refs["num_pending"][row]
         bias, skip = optional("dt_bias"), optional("D")
-        A = _rates(_load(refs["A"], (i, j), mask), is_log)
-        h = _load(refs["state"], (row, i, j), mask)
+        A = tiles.rates(tiles.load(refs["A"], (i, j), mask), is_log)
+        h = tiles.load(refs["state"], (row, i, j), mask)
         if slots:
             old_x, old_dt = tile("old_x", slots), tile("old_dt", slots)
             old_B = maps("old_B", slots)
@@ -206,35 +151,34 @@ def _selective_kernel(*refs, names, columns, channels, states, is_log):
         if slots:
             replayed = (part(slots).at < count)[:, None]
             old_dt = jnp.where(replayed, step_sizes(old_dt), 0.0)
-            old = (_unstack(old_dt, slots), _unstack(old_dt * old_x, slots), old_B)
+            old = (
+                tiles.unstack(old_dt, slots),
+                tiles.unstack(old_dt * old_x, slots),
+                old_B,
+            )
             for token in zip(*old, strict=True):
                 h = advance(h, *token)
         if "new_state" in refs:
             plt.store(refs["new_state"].at[row, i, j], h, mask=mask)
         dt = step_sizes(dt)
-        new = (_unstack(dt, tokens), _unstack(dt * x, tokens), B)
+        new = (tiles.unstack(dt, tokens), tiles.unstack(dt * x, tokens), B)
         ys = []
         for out, *token in zip(C, *new, strict=True):
             h = advance(h, *token)
             ys.append(jnp.sum(h * out, axis=1))
-        y = _stack(ys)
+        y = tiles.stack(ys)
         if skip is not None:
             y = y + skip * x
         put(y if z is None else y * z * gpu.sigmoid(z))
 
     def put(y):
-        t, c, inside = _spread(part(tokens), e)
+        t, c, inside = tiles.spread(part(tokens), e)
         plt.store(refs["y"].at[row, t, c], y.astype(refs["y"].dtype), mask=inside)
 
     def nothing():
         put(jnp.zeros((gpu.power_of_two(tokens), channels), jnp.float32))
 
     _when_active(refs, row, work, nothing)
-
-
-def _rates(A, is_log):
-    """Decay rates to the base of 2."""
-    return (-gpu.exp2(A * gpu.LOG2_E) if is_log else A) * gpu.LOG2_E
 
 
 def _call(kernel, inputs, y, grid, *, commit, num_warps):
@@ -341,16 +285,16 @@ def _ssd_kernel(*refs, names, columns, width, states, is_log, exact):
     blocks = pl.cdiv(head_dim, width)
     head = pl.program_id(0) // blocks
     group = head // (heads // refs.sizes("x")[0])
-    p = _Part.create(pl.program_id(0) % blocks * width, width, head_dim)
-    n = _Part.create(0, states, n)
-    i, j, mask = _spread(n, p)
+    p = tiles.Part.create(pl.program_id(0) % blocks * width, width, head_dim)
+    n = tiles.Part.create(0, states, n)
+    i, j, mask = tiles.spread(n, p)
     dot = functools.partial(_dot, exact)
 
     def new_tokens():
-        return _Part.create(0, gpu.power_of_two(tokens, MIN_DOT), tokens)
+        return tiles.Part.create(0, gpu.power_of_two(tokens, MIN_DOT), tokens)
 
     def tile(name, token, part, which):
-        t, c, inside = _spread(token, part)
+        t, c, inside = tiles.spread(token, part)
         return refs.read(name, (row, t, which, c), inside)
 
     def raw_steps(name, token):
@@ -361,12 +305,12 @@ def _ssd_kernel(*refs, names, columns, width, states, is_log, exact):
 
     def work():
         # The exponential is an instruction for vectors: of one value.
-        A = jnp.sum(_rates(jnp.full((1,), scalar("A"), jnp.float32), is_log))
+        A = jnp.sum(tiles.rates(jnp.full((1,), scalar("A"), jnp.float32), is_log))
         bias, skip = scalar("dt_bias"), scalar("D")
         count = refs["num_pending"][row]
-        h = _load(refs["state"], (row, head, i, j), mask)
+        h = tiles.load(refs["state"], (row, head, i, j), mask)
         if slots:
-            old = _Part.create(0, gpu.power_of_two(slots, MIN_DOT), slots)
+            old = tiles.Part.create(0, gpu.power_of_two(slots, MIN_DOT), slots)
             old_x, old_B = tile("old_x", old, p, group), tile("old_B", old, n, group)
             old_dt = raw_steps("old_dt", old)
         new = new_tokens()
@@ -393,7 +337,7 @@ def _ssd_kernel(*refs, names, columns, width, states, is_log, exact):
         put(y if skip is None else y + skip * x.astype(y.dtype))
 
     def put(y):
-        t, c, inside = _spread(new_tokens(), p)
+        t, c, inside = tiles.spread(new_tokens(), p)
         plt.store(refs["y"].at[row, t, head, c], y.astype(refs["y"].dtype), mask=inside)
 
     def nothing():
@@ -411,9 +355,9 @@ def _ssd_step_kernel(*refs, names, columns, width, states, is_log):
     blocks = pl.cdiv(head_dim, width)
     head = pl.program_id(0) // blocks
     group = head // (heads // refs.sizes("x")[0])
-    p = _Part.create(pl.program_id(0) % blocks * width, width, head_dim)
-    n = _Part.create(0, states, n)
-    i, j, mask = _spread(n, p)
+    p = tiles.Part.create(pl.program_id(0) % blocks * width, width, head_dim)
+    n = tiles.Part.create(0, states, n)
+    i, j, mask = tiles.spread(n, p)
 
     def vector(name, t, part, which):
         return refs.load(name, (row, t, which, part.at), part.inside)
@@ -423,13 +367,13 @@ def _ssd_step_kernel(*refs, names, columns, width, states, is_log):
 
     def work():
         # The exponential is an instruction for vectors: of one value.
-        A = jnp.sum(_rates(jnp.full((1,), scalar("A"), jnp.float32), is_log))
+        A = jnp.sum(tiles.rates(jnp.full((1,), scalar("A"), jnp.float32), is_log))
         bias, skip = scalar("dt_bias"), scalar("D")
         count = refs["num_pending"][row]
-        h = _load(refs["state"], (row, head, i, j), mask)
+        h = tiles.load(refs["state"], (row, head, i, j), mask)
 
         def load(prefix, count):
-            at = _Part.create(0, gpu.power_of_two(count), count)
+            at = tiles.Part.create(0, gpu.power_of_two(count), count)
             dt = refs.load(f"{prefix}dt", (row, at.at, head), at.inside, NO_STEP)
             x = [vector(f"{prefix}x", t, p, group) for t in range(count)]
             return (
@@ -559,7 +503,7 @@ def _conv_kernel(*refs, names, columns, splits, block, repeats, group, width):
     row = pl.program_id(1)
     tokens, (channels,) = refs["x"].shape[1], refs.sizes("x")
     slots = refs["pending"].shape[1] if "pending" in refs else 0
-    c = _Part.create(pl.program_id(0) * block, block, channels)
+    c = tiles.Part.create(pl.program_id(0) * block, block, channels)
 
     def load(name, token):
         return refs.load(name, (row, token, c.at), c.inside)
@@ -598,8 +542,8 @@ def _conv_kernel(*refs, names, columns, splits, block, repeats, group, width):
             ]
         inputs = [*window, *new]
         for f in outputs:
-            taps = [_load(refs["kernel"], (w, f), c.inside) for w in range(width)]
-            bias = _load(refs["bias"], (f,), c.inside)
+            taps = [tiles.load(refs["kernel"], (w, f), c.inside) for w in range(width)]
+            bias = tiles.load(refs["bias"], (f,), c.inside)
             for t in range(tokens):
                 y = bias
                 for tap, value in zip(taps, inputs[t : t + width], strict=True):
