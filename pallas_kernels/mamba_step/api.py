@@ -51,33 +51,42 @@ def mamba_step(
       NotImplementedError: The named implementation does not run here.
     """
     op = "mamba_step"
-    checks.check_rank(op, "xz", xz, "B T 2E")
-    checks.check_rank(op, "state", cache.state, "B E N")
-    checks.check_rank(op, "cache.xz", cache.xz, "B S 2E")
-    checks.check_rank(op, "conv_kernel", weights.conv_kernel, "W E")
-    checks.check_rank(op, "dt_up", weights.dt_up, "E R")
-    (batch, tokens), (_, e, n) = xz.shape[:2], cache.state.shape
-    slots, width = cache.xz.shape[1], weights.conv_kernel.shape[0]
-    rank = weights.dt_up.shape[1]
-    m = rank + 2 * n
-    for name, value, letters, expected in (
-        ("xz", xz, "B T 2E", (batch, tokens, 2 * e)),
-        ("state", cache.state, "B E N", (batch, e, n)),
-        ("window", cache.window, "B W-1 E", (batch, width - 1, e)),
-        ("cache.xz", cache.xz, "B S 2E", (batch, slots, 2 * e)),
-        ("cache.x", cache.x, "B S E", (batch, slots, e)),
-        ("cache.dt", cache.dt, "B S E", (batch, slots, e)),
-        ("cache.maps", cache.maps, "B S M", (batch, slots, m)),
-        ("num_pending", num_pending, "B", (batch,)),
-        ("conv_kernel", weights.conv_kernel, "W E", (width, e)),
-        ("conv_bias", weights.conv_bias, "E", (e,)),
-        ("maps", weights.maps, "M E", (m, e)),
-        ("dt_up", weights.dt_up, "E R", (e, rank)),
-        ("dt_bias", weights.dt_bias, "E", (e,)),
-        ("A_log", weights.A_log, "E N", (e, n)),
-        ("D", weights.D, "E", (e,)),
-    ):
-        checks.check_shape(op, name, value, letters, expected)
+    sizes = checks.check_shapes(
+        op,
+        {
+            "xz": (xz, "B T 2E"),
+            "state": (cache.state, "B E N"),
+            "window": (cache.window, "B W-1 E"),
+            "cache.xz": (cache.xz, "B S 2E"),
+            "cache.x": (cache.x, "B S E"),
+            "cache.dt": (cache.dt, "B S E"),
+            "cache.maps": (cache.maps, "B S M"),
+            "num_pending": (num_pending, "B"),
+            "conv_kernel": (weights.conv_kernel, "W E"),
+            "conv_bias": (weights.conv_bias, "E"),
+            "maps": (weights.maps, "M E"),
+            "dt_up": (weights.dt_up, "E R"),
+            "dt_bias": (weights.dt_bias, "E"),
+            "A_log": (weights.A_log, "E N"),
+            "D": (weights.D, "E"),
+        },
+    )
+    # What follows from other sizes.
+    checks.check_shapes(
+        op,
+        {
+            "xz": (xz, "B T 2E"),
+            "window": (cache.window, "B W-1 E"),
+            "maps": (weights.maps, "M E"),
+        },
+        sizes
+        | {
+            "2E": 2 * sizes["E"],
+            "W-1": sizes["W"] - 1,
+            "M": sizes["R"] + 2 * sizes["N"],
+        },
+    )
+    tokens, slots = sizes["T"], sizes["S"]
     if tokens > slots:
         raise ValueError(f"{op}: {tokens} tokens do not fit into {slots} slots")
     run = (op, IMPLEMENTATIONS, implementation)

@@ -51,12 +51,15 @@ def narrow_product(
       NotImplementedError: The named implementation does not run here.
     """
     op = "narrow_product"
-    checks.check_rank(op, "x", x, "B L I")
-    checks.check_rank(op, "kernel", kernel, "O I")
-    (batch, length, width), outputs = x.shape, kernel.shape[0]
-    checks.check_shape(op, "kernel", kernel, "O I", (outputs, width))
-    checks.check_shape(op, "scale", scale, "I", (width,))
-    checks.check_shape(op, "residual", residual, "B L O", (batch, length, outputs))
+    checks.check_shapes(
+        op,
+        {
+            "x": (x, "B L I"),
+            "kernel": (kernel, "O I"),
+            "scale": (scale, "I"),
+            "residual": (residual, "B L O"),
+        },
+    )
     if residual is not None and residual.dtype != x.dtype:
         raise ValueError(f"{op}: residual is {residual.dtype}, x is {x.dtype}")
     return dispatch.run(
