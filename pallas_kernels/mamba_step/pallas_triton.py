@@ -23,10 +23,11 @@ from pallas_kernels.multi_step import tiles
 from pallas_kernels.multi_step.api import conv_multi_step
 from pallas_kernels.multi_step.columns import Columns
 from pallas_kernels.narrow_product import narrow_product
-from pallas_kernels.narrow_product import pallas_triton as products
 
 # Tokens of a row, pending and new, that are unrolled.
 MAX_TOKENS = 24
+# New tokens of all rows.
+MAX_NEW = 8
 # New tokens of all rows up to which the convolution is computed again by each program of
 # the maps, the threads of one, channels of a thread, and programs that are enough.
 FEW_TOKENS = 2
@@ -71,10 +72,8 @@ def _check(xz, cache, weights):
         raise UnsupportedError(
             f"{tokens + cache.x.shape[1]} tokens are more than {MAX_TOKENS}"
         )
-    if batch * tokens > products.MAX_TOKENS:
-        raise UnsupportedError(
-            f"{batch * tokens} new tokens are more than {products.MAX_TOKENS}"
-        )
+    if batch * tokens > MAX_NEW:
+        raise UnsupportedError(f"{batch * tokens} new tokens are more than {MAX_NEW}")
     if weights.conv_kernel.shape[0] == 1:
         raise UnsupportedError("one tap needs no window")
     floats = {xz.dtype, *(value.dtype for value in cache[1:])}

@@ -21,13 +21,15 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import gpu
 from pallas_kernels.dispatch import UnsupportedError
 
-# Above, multiplying takes longer than reading.
-MAX_TOKENS = 8
+# Above, multiplying without tensor cores takes longer than reading.
+MAX_TOKENS = 2
 # Where both sides are this large, reading takes so long that starting does not count: the
-# compiler's own product is as fast, for more than one token.
+# compiler's own product is faster.
 LARGE_SIDE = 4096
 # Warps that keep the memory of a large GPU busy.
 BUSY_WARPS = 2048
+# Outputs of a warp, at most.
+MAX_COLUMNS = 4
 LANES, LOAD_BYTES = 32, 16
 # Fewest weights that lie side by side in a tile.
 MIN_DEPTH = 32
@@ -52,7 +54,7 @@ class Blocks(NamedTuple):
 
 
 def is_large(outputs: int, width: int) -> bool:
-    """Whether a product of several tokens is left to the compiler."""
+    """Whether a product is left to the compiler."""
     return min(outputs, width) >= LARGE_SIDE
 
 
@@ -66,7 +68,7 @@ def narrow_product(x, kernel, *, scale, residual, eps, blocks=None):
     tokens, outputs = batch * length, kernel.shape[0]
     _check(x, kernel, tokens)
     if blocks is None:
-        blocks = _blocks(tokens, kernel, scale is not None)
+        blocks = _blocks(kernel)
     inputs = {"x": x.reshape(tokens, width), "kernel": kernel}
     if scale is not None:
         inputs["scale"] = scale
@@ -86,8 +88,8 @@ def narrow_product(x, kernel, *, scale, residual, eps, blocks=None):
 def _check(x, kernel, tokens):
     if tokens > MAX_TOKENS:
         raise UnsupportedError(f"{tokens} tokens are more than {MAX_TOKENS}")
-    if tokens > 1 and is_large(*kernel.shape):
-        raise UnsupportedError(f"{tokens} tokens and both sides {LARGE_SIDE} or more")
+    if is_large(*kernel.shape):
+        raise UnsupportedError(f"both sides are {LARGE_SIDE} or more")
     for dtype in (x.dtype, kernel.dtype):
         if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise UnsupportedError(f"products of {dtype}")
@@ -112,28 +114,22 @@ def _depth(kernel, split: int) -> int:
     return min(split * LANES * _vector(kernel), _divisor(kernel.shape[1]))
 
 
-def _blocks(tokens: int, kernel, is_normed: bool) -> Blocks:
+def _blocks(kernel) -> Blocks:
     """The blocks for a size.
 
     Where there are outputs enough for all warps, a warp takes several, so that it loads
-    and scales a token for all of them; where there are too few, warps share one. Scaling
-    several tokens for each output would take longer than reading its weights.
+    and scales a token for all of them; where there are too few, warps share one.
     """
     outputs, width = kernel.shape
-    is_costly = is_normed and tokens > 2
-    most, busy = (8, BUSY_WARPS // 2) if is_costly else (4, BUSY_WARPS)
     columns, split, warps = 1, 1, 4
-    while columns < most and outputs // (2 * columns) >= busy:
+    while columns < MAX_COLUMNS and outputs // (2 * columns) >= BUSY_WARPS:
         columns *= 2
     while split < warps and outputs * split * 2 <= BUSY_WARPS:
         if width % (2 * split * LANES * _vector(kernel)):
             break
         split *= 2
-    if columns == 8:
-        # Half as large, so that they spread evenly over the multiprocessors.
-        warps = 2
     tiles = width // _depth(kernel, split)
-    loads = max(1, LOADS // columns // (1 if tokens < 4 else 2))
+    loads = max(1, LOADS // columns)
     unroll = max(n for n in range(1, loads + 1) if tiles % n == 0)
     return Blocks(columns, warps, split, unroll)
 

@@ -163,7 +163,8 @@ MAMBA_130M, MAMBA_2_8B = (1536, 16, 48, 4), (5120, 16, 160, 4)
         ((1, 1, 5, *MAMBA_130M), False, 2),
         ((1, 2, 5, *MAMBA_130M), True, 2),
         ((1, 1, 1, *MAMBA_2_8B), True, 2),
-        ((1, 5, 5, *MAMBA_2_8B), True, 3),
+        # The maps are the compiler's product.
+        ((1, 5, 5, *MAMBA_2_8B), True, 2),
     ],
 )
 def test_lowers_to_few_kernels(size, commit, kernels_in_all, lower_for_cuda):

@@ -67,7 +67,7 @@ def test_is_the_product(size, name, dtype, normed, added, interpreted, assert_cl
 
 
 @pytest.mark.parametrize(
-    "blocks", [Blocks(1, 1, 1, 1), Blocks(4, 4, 2, 2), Blocks(16, 2, 1, 1)]
+    "blocks", [Blocks(1, 1, 1, 1), Blocks(4, 4, 2, 2), Blocks(32, 2, 1, 1)]
 )
 def test_blocks_change_nothing(blocks, interpreted, assert_close):
     """One block leaves outputs over, one has more sums than a warp has lanes."""
@@ -90,7 +90,7 @@ def test_the_product_is_rounded_before_it_is_added(interpreted):
 @pytest.mark.parametrize(
     ("shape", "dtype", "message"),
     [
-        ((1, 9, 32, 4), "float32", "9 tokens"),
+        ((1, 3, 32, 4), "float32", "3 tokens"),
         ((1, 1, 48, 4), "float32", "width of 48"),
         ((1, 1, 32, 4), "int32", "int32"),
     ],
@@ -101,15 +101,12 @@ def test_what_the_kernel_does_not_take(shape, dtype, message, interpreted):
         narrow_product(x, kernel, implementation="pallas_triton")
 
 
-def test_large_products_of_several_tokens_are_left_to_the_compiler(
-    interpreted, monkeypatch
-):
+def test_large_products_are_left_to_the_compiler(interpreted, monkeypatch):
     monkeypatch.setattr(pallas_triton, "LARGE_SIDE", 4)
     assert not is_kept_by_output(4, 32) and is_kept_by_output(3, 32)
-    x, kernel, _, _ = inputs(shapes.Shape(1, 2, 32, 4), "float32")
-    with pytest.raises(NotImplementedError, match="2 tokens and both sides 4 or more"):
+    x, kernel, _, _ = inputs(shapes.Shape(1, 1, 32, 4), "float32")
+    with pytest.raises(NotImplementedError, match="both sides are 4 or more"):
         narrow_product(x, kernel, implementation="pallas_triton")
-    narrow_product(x[:, :1], kernel, implementation="pallas_triton")
 
 
 def test_wrong_arguments_are_refused():
@@ -124,7 +121,7 @@ def test_wrong_arguments_are_refused():
         narrow_product(x, kernel, residual=residual.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("size", ["mamba_2_8b_in_5", "mamba_130m_x_1"])
+@pytest.mark.parametrize("size", ["mamba_2_8b_in_2", "mamba_130m_x_1"])
 def test_lowers_to_one_kernel(size, lower_for_cuda):
     s = shapes.LARGE[size]
 
@@ -149,9 +146,8 @@ def test_lowers_to_one_kernel(size, lower_for_cuda):
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("size", [*shapes.SMALL, *shapes.LARGE])
-def test_compiled_kernel_is_the_product(size, dtype, monkeypatch, assert_close):
+def test_compiled_kernel_is_the_product(size, dtype, assert_close):
     assert not gpu.INTERPRET
-    monkeypatch.setattr(pallas_triton, "LARGE_SIDE", 1 << 20)
     shape = (shapes.SMALL | shapes.LARGE)[size]
     args, kwargs = options(inputs(shape, dtype), True, True)
 
