@@ -42,8 +42,9 @@ class Tile:
     Attributes:
       channels: Channels of a warp, 16 or 8.
       warps: Warps of a program, at most; a divisor of theirs where they do not fill it.
-      ahead: Groups of steps between a group's loads and its computation. With 1, what is
-        loaded waits behind a barrier of the program, or the compiler would load late.
+      ahead: Groups of steps, 1 or more, between a group's loads and its computation.
+      held: Whether the steps wait, behind a barrier of the program, for the loads to be
+        issued. With `ahead` = 1 the compiler would move these to the end of the steps.
       spread: Whether step sizes pass from lane to lane for a whole group beforehand, or
         at each step, in fewer registers.
     """
@@ -51,6 +52,7 @@ class Tile:
     channels: int
     warps: int
     ahead: int = 1
+    held: bool = True
     spread: bool = False
 
 
@@ -277,7 +279,22 @@ class _Place:
         rows, place = _rows(h), places(self.plan.pairs)
         for p in range(self.plan.pairs):
             at = ref.at[(*index, *self._state_index(p, self.channel))]
-            plt.store(at, _tile([rows[place[p, r]] for r in range(QUAD)]))
+            tile = _tile([rows[place[p, r]] for r in range(QUAD)])
+            plt.store(at, tile.astype(ref.dtype))
+
+    def keep(self, h, group, s):
+        """Stores the states before step `s` of a group, where the backward reads them."""
+        kept, every = self.refs.kept, self.plan.kept_every
+        if kept is None or s % every:
+            return
+        t = self.first + group * STEPS + s
+        if every <= STEPS:
+            self.store_states(kept, h, self.b, t // every)
+            return
+
+        @pl.when(t % every == 0)
+        def _():
+            self.store_states(kept, h, self.b, t // every)
 
     def _state_index(self, p, channel):
         return (channel + p)[None, :], _columns(QUAD * self.quad, QUAD)
@@ -393,7 +410,7 @@ class _Place:
         def group(i, carry):
             state, values, loaded = carry
             loaded = [*loaded, self.load(names, i + ahead)]
-            if ahead == 1:
+            if self.plan.tile.held:
                 values = self._after_loads(values, i)
             rows = (name for name in ("d", "dx", "B") if name in values)
             now = values | {name: _rows(values[name]) for name in rows}
@@ -455,20 +472,14 @@ def _read(place, values, s, h, y):
 
 
 def forward_kernel(plan, refs):
-    """Outputs, the chunk's last state, and the state before each block of time."""
+    """Outputs, the chunk's last state, and the states that the plan keeps."""
     place = _Place(plan, refs)
     skip = place.per_channel(refs.D)
 
     def group(i, values, h):
-        start = place.first + i * STEPS
-        if refs.kept is not None:
-
-            @pl.when(start % common.BLOCK == 0)
-            def _():
-                place.store_states(refs.kept, h, place.b, start // common.BLOCK)
-
         y = [jnp.zeros((plan.lanes,), jnp.float32)] * (2 * plan.pairs)
         for s in range(STEPS):
+            place.keep(h, i, s)
             h = _advance(place, values, s, h)
             y = _read(place, values, s, h, y)
         y = _tile(y) + skip * values["x"]
