@@ -221,9 +221,19 @@ class TestEveryImplementation:
         assert_tree_close(mapped(inputs), expected, 2e-6)
 
 
-def test_tiles_of_channels(monkeypatch, make_segments, assert_tree_close):
-    """The kernels for groups of 16 channels, 16 states and bfloat16, cut in time."""
-    shape = shapes.Shape(1, 37, 48, 16, 1, 3, segments=3)
+@pytest.mark.parametrize(
+    ("groups", "tile"),
+    [
+        (3, pallas_triton.forward.ONE_WAVE),
+        (3, pallas_triton.forward.Tile(16, 2, ahead=2, held=False, spread=True)),
+        (6, pallas_triton.forward.NARROW),
+    ],
+    ids=["groups of 16", "loads two groups ahead", "groups of 8"],
+)
+def test_tiles_of_channels(monkeypatch, make_segments, assert_tree_close, groups, tile):
+    """The kernels for tiles of 16 or 8 channels, 16 states and bfloat16, cut in time."""
+    shape = shapes.Shape(1, 37, 48, 16, 1, groups, segments=3)
+    monkeypatch.setattr(pallas_triton.forward, "ONE_WAVE", tile)
     monkeypatch.setattr(pallas_triton.kernels, "BLOCK", 8)
     monkeypatch.setattr(pallas_triton, "ENOUGH_WARPS", 8)
     planned = []
@@ -248,13 +258,24 @@ def test_tiles_of_channels(monkeypatch, make_segments, assert_tree_close):
     )(**low, segment_ids=ids)
     up = {k: np.asarray(v).astype(np.float32) for k, v in low.items()}
     assert_tree_close(found, forward("reference", up, ids), 1e-2)
-    assert [plan.chunks for plan in planned] == [3]
+    assert [(plan.chunks, plan.tile) for plan in planned] == [(3, tile)]
 
 
-def test_gradients_of_tiles_of_channels(monkeypatch, make_segments, assert_tree_close):
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pallas_triton.fragments.Layout(warps=16, apart=2, kept=False),
+        pallas_triton.fragments.Layout(warps=16, apart=4, kept=True),
+    ],
+    ids=["first walk", "states kept"],
+)
+def test_gradients_of_tiles_of_channels(
+    monkeypatch, make_segments, assert_tree_close, layout
+):
     """The backward kernel in matrix fragments, over chunks of time and a ragged end."""
     shape = shapes.Shape(1, 37, 48, 16, 1, 3, segments=3)
     monkeypatch.setattr(pallas_triton, "ENOUGH_WARPS", 8)
+    monkeypatch.setattr(pallas_triton.fragments, "LAYOUT", layout)
     inputs, (dy, dh) = make_inputs(shape)
     ids = make_segments(
         np.random.default_rng(1), shape.batch, shape.length, shape.segments
@@ -264,6 +285,8 @@ def test_gradients_of_tiles_of_channels(monkeypatch, make_segments, assert_tree_
         for k, v in inputs.items()
     }
     dy = jnp.asarray(dy, jnp.bfloat16)
+    # Not compiled by another case of this test: what it patches is not an argument.
+    pull_back.clear_cache()
     found = pull_back("pallas_triton", low, ids, (dy, dh))
     up = {k: np.asarray(v).astype(np.float32) for k, v in low.items()}
     expected = pull_back("reference", up, ids, (np.asarray(dy).astype(np.float32), dh))

@@ -65,6 +65,16 @@ def test_lowers_for_cuda_without_a_gpu(device):
     assert "selective_scan_backward_kernel" in text
 
 
+def test_lowers_with_kept_states(monkeypatch):
+    """The states kept for the walk back are bfloat16, one for every `apart` steps."""
+    layout = pallas_triton.fragments.Layout(warps=16, apart=4, kept=True)
+    monkeypatch.setattr(pallas_triton.fragments, "LAYOUT", layout)
+    inputs = abstract_inputs(shapes.Shape(1, 128, 64, 16, 1, 4), jnp.bfloat16)
+    text = lowered(DEVICES[1], gradients, inputs)
+    assert "tensor<1x32x64x16xbf16>" in text
+    assert "selective_scan_backward_kernel" in text
+
+
 def test_lowers_packed_ragged_and_float32():
     inputs = abstract_inputs(ONE_WARP, jnp.float32, options=False)
     ids = jax.ShapeDtypeStruct((1, 130), jnp.int32)
@@ -73,9 +83,10 @@ def test_lowers_packed_ragged_and_float32():
     )
 
 
-def test_lowers_packed_ragged_tiles():
-    """The kernels for groups of 16 channels, for lengths no multiple of their steps."""
-    shape = shapes.Shape(1, 130, 48, 16, 1, 3)
+@pytest.mark.parametrize("groups", [3, 6])
+def test_lowers_packed_ragged_tiles(groups):
+    """Tiles of 16 and of 8 channels, for lengths no multiple of their steps."""
+    shape = shapes.Shape(1, 130, 48, 16, 1, groups)
     inputs = abstract_inputs(shape, jnp.bfloat16, options=False)
     ids = jax.ShapeDtypeStruct((1, 130), jnp.int32)
     text = lowered(DEVICES[1], scan, inputs, ids)
