@@ -243,7 +243,9 @@ class _Program:
         v = self.tiles.widen(loaded["dt"]) + self.bias
         d, u = kernels._softplus(v, self.plan)
         d = self.keep(d, exists)
-        step = types.SimpleNamespace(t=t, exists=exists, v=v, u=u, d=d, restart=None)
+        slope = kernels._reciprocal(1.0 + u, self.plan)
+        slope = jnp.where(v >= 0.0, slope, u * slope)
+        step = types.SimpleNamespace(t=t, exists=exists, d=d, slope=slope, restart=None)
         if "x" in loaded:
             step.x = self.tiles.widen(loaded["x"])
             step.dx = d * step.x
@@ -335,14 +337,14 @@ def _up(program, start, groups):
 
 
 def _gate(program, step, loaded):
-    """Adds the upstream gradient, the gate's slope, and the ungated output's gradient."""
-    step.dy = program.keep(program.tiles.widen(loaded["dy"]), step.exists)
-    step.g, step.gate_slope = step.dy, None
+    """Adds the gradients of the ungated output and, for each unit of that, of the gate."""
+    dy = program.keep(program.tiles.widen(loaded["dy"]), step.exists)
+    step.g, step.dz = dy, None
     if "z" in loaded:
         z = program.tiles.widen(loaded["z"])
         sigmoid = kernels._sigmoid(z, program.plan)
-        step.g = step.dy * (z * sigmoid)
-        step.gate_slope = sigmoid * (1.0 + z * (1.0 - sigmoid))
+        step.g = dy * (z * sigmoid)
+        step.dz = dy * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
 
 
 def _operands(program, step, loaded):
@@ -415,18 +417,16 @@ def _walk_group(program, step, operands, known, adjoint, after):
 
 def _store_group(program, step, sums, t, skip):
     """Stores a group's gradients; returns that of dt."""
-    plan, refs = program.plan, program.refs
+    refs = program.refs
     # Steps past the end are masked: their own place, not the last step's.
     at = (program.b, step.t if step.exists is None else t + program.q)
     store = functools.partial(program.store_pair, mask=step.exists)
     y = sums.by_step("states", 0) + skip * step.x
     sum_B = sums.by_step("states", 1)
-    if step.gate_slope is not None:
-        store(refs.dz, step.dy * y * step.gate_slope, *at)
+    if step.dz is not None:
+        store(refs.dz, step.dz * y, *at)
     dd = step.x * sum_B + (1.0 / kernels.LOG2E) * sums.by_step("weighted", 0)
-    slope = kernels._reciprocal(1.0 + step.u, plan)
-    slope = jnp.where(step.v >= 0.0, slope, step.u * slope)
-    ddt = program.keep(dd * slope, step.exists)
+    ddt = program.keep(dd * step.slope, step.exists)
     store(refs.ddt, ddt, *at)
     store(refs.dx, step.g * skip + step.d * sum_B, *at)
     state = program.tile * TILE + 4 * (program.r // 2) + program.r % 2
