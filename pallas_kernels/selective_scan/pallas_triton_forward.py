@@ -178,7 +178,7 @@ def _interpreted_product(left, right):
 def _outer(dx, B, plan):
     """[4 pairs, lanes]: dx (of the lane's channels) times B (of n = 2 i and 2 i + 1).
 
-    Summed over the lanes of every four: one of them has a B that is not zero.
+    Summed over the lanes of every four: in all but one of them dx or B is zero.
     """
     if plan.pairs == 1:
         return _outer_of_one(dx[0], B, plan)
@@ -444,7 +444,12 @@ def _advance(place, values, s, h):
     mine = place.quad == lane
     B = values["B"][2 * later :][:2]
     dx = values["dx"][plan.pairs * later :][: plan.pairs]
-    added = _outer(dx, [jnp.where(mine, b, 0.0) for b in B], plan)
+    # Of a product's operands the one in fewer registers is zero in the other lanes.
+    if plan.pairs == 1:
+        dx = [jnp.where(mine, dx[0], 0.0)]
+    else:
+        B = [jnp.where(mine, b, 0.0) for b in B]
+    added = _outer(dx, B, plan)
     if plan.tile.spread:
         d = values["spread"][s]
     else:
