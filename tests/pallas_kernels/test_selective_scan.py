@@ -265,9 +265,10 @@ def test_tiles_of_channels(monkeypatch, make_segments, assert_tree_close, groups
     "layout",
     [
         pallas_triton.fragments.Layout(warps=16, apart=2, kept=False),
+        pallas_triton.fragments.Layout(warps=16, apart=2, kept=True),
         pallas_triton.fragments.Layout(warps=16, apart=4, kept=True),
     ],
-    ids=["first walk", "states kept"],
+    ids=["first walk", "every second state kept", "every fourth state kept"],
 )
 def test_gradients_of_tiles_of_channels(
     monkeypatch, make_segments, assert_tree_close, layout
