@@ -11,12 +11,11 @@ import dataclasses
 
 import ml_collections
 
-from configs import base
+from configs import base, demo_teacher
 from mil_jax.config import (
     ComputeConfig,
     ConversionConfig,
     DataConfig,
-    ModelConfig,
     OptimizerConfig,
     RunConfig,
     StageConfig,
@@ -24,35 +23,27 @@ from mil_jax.config import (
 )
 from mil_jax.errors import UserError
 
-# The vocabulary is that of the tokenizer. 80M parameters in the demo world; with 50,000
+# The vocabulary is that of the tokenizer. 76M parameters in the demo world; with 50,000
 # tokens, and so 26M parameters in the embedding, 64M.
+DEMO = dataclasses.replace(
+    demo_teacher.ARCHITECTURE,
+    d_model=768,
+    layer_types=("attention",) * 12,
+    n_heads=12,
+    n_kv_heads=4,
+    head_dim=64,
+    d_ff=2048,
+)
 ARCHITECTURES = {
-    "demo": ModelConfig(
-        vocab_size=512,
-        d_model=768,
-        layer_types=("attention",) * 12,
-        n_heads=12,
-        n_kv_heads=4,
-        head_dim=64,
-        d_ff=2048,
-        tie_embeddings=True,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_ids=(5,),
-        pad_token_id=0,
-    ),
-    "text": ModelConfig(
+    "demo": DEMO,
+    "text": dataclasses.replace(
+        DEMO,
         vocab_size=50304,
         d_model=512,
-        layer_types=("attention",) * 12,
         n_heads=8,
-        n_kv_heads=4,
-        head_dim=64,
         d_ff=1536,
-        tie_embeddings=True,
-        max_position_embeddings=2048,
+        bos_token_id=None,
         eos_token_ids=(0,),
-        pad_token_id=0,
     ),
 }
 TINY = {"d_model": 32, "layer_types": ("attention",) * 4, "n_heads": 4}
@@ -69,42 +60,40 @@ STEPS = {
 }
 NEW_TOKENS = {"demo": 64, "text": 192}
 
+# `STEPS` ends training, whatever the epochs, and it is too short to need a checkpoint.
+TRAINING = {
+    "epochs": 1000,
+    "packed": True,
+    "loss_chunk": 128,
+    "checkpoint_every": 100_000,
+}
 STAGES = {
     stage.name: stage
     for stage in (
         StageConfig(
             name="pretrain",
             optimizer=OptimizerConfig(lr=1e-3, warmup_steps=50, weight_decay=0.1),
-            epochs=1000,
-            packed=True,
             loss_on="all",
-            loss_chunk=128,
-            checkpoint_every=100_000,
+            **TRAINING,
         ),
         StageConfig(name="pseudo_labels", length=256, temperature=0.8),
         # One stage instead of three: all weights learn, at a rate for small models.
         StageConfig(
             name="distill",
             optimizer=OptimizerConfig(lr=6e-4, warmup_steps=20),
-            epochs=1000,
-            packed=True,
             trainable="all",
             ce_weight=0.1,
             kl_weight=1.0,
-            loss_chunk=128,
-            checkpoint_every=100_000,
+            **TRAINING,
         ),
         StageConfig(
             name="draft",
             optimizer=OptimizerConfig(lr=1e-3, warmup_steps=20),
-            epochs=1000,
-            packed=True,
             ce_weight=0.1,
             kl_weight=1.0,
             draft_depth=2,
             records="pseudo_labels",
-            loss_chunk=128,
-            checkpoint_every=100_000,
+            **TRAINING,
         ),
         StageConfig(name="evaluate", batch_size=256),
     )

@@ -9,22 +9,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/env.sh
+source launch/dry_run.sh
 
-dry_run=false
-arguments=()
-for argument in "$@"; do
-    if [[ "$argument" == --dry-run ]]; then
-        dry_run=true
-    else
-        arguments+=("$argument")
-    fi
-done
-
-command=("$PYTHON" -m mil_jax.main ${arguments[@]+"${arguments[@]}"})
-if "$dry_run"; then
-    printf '%q ' "${command[@]}"
-    echo
-    exit
-fi
-# exec: a SIGTERM reaches the program itself, which then writes a checkpoint.
-exec "${command[@]}"
+run "$PYTHON" -m mil_jax.main ${arguments[@]+"${arguments[@]}"}

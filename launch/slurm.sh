@@ -22,16 +22,7 @@ if [[ ! -f launch/env.sh ]]; then
     exit 2
 fi
 source launch/env.sh
-
-dry_run=false
-arguments=()
-for argument in "$@"; do
-    if [[ "$argument" == --dry-run ]]; then
-        dry_run=true
-    else
-        arguments+=("$argument")
-    fi
-done
+source launch/dry_run.sh
 
 # JAX reads the coordinator and the ranks from Slurm and gives each process the GPU of its
 # local rank, so every task must see all GPUs of its node.
@@ -40,9 +31,4 @@ command=(
     --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" # srun does not inherit it from sbatch
     "$PYTHON" -m mil_jax.main --distributed ${arguments[@]+"${arguments[@]}"}
 )
-if "$dry_run"; then
-    printf '%q ' "${command[@]}"
-    echo
-    exit
-fi
-exec "${command[@]}"
+run "${command[@]}"

@@ -8,6 +8,7 @@ The first value of every key is the base; each other value changes that key alon
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Sequence
@@ -24,19 +25,25 @@ from mil_jax.train.loop import METRICS_FILE, read_metrics
 from mil_jax.train.stages import run_stage
 from mil_jax.train.workdir import Workdir
 
-_CONFIG = flags.DEFINE_string("config", "configs/demo.py", "File with all stages.")
-_WORKDIR = flags.DEFINE_string("workdir", "build/ablation", "One folder per variant.")
-_VARY = flags.DEFINE_multi_string("vary", [], "conversion key=base,other,...")
-_OUT = flags.DEFINE_string("out", None, "JSON file that gets the rows.")
-
 LAST_STEPS = 20
 
 
-def main(argv: Sequence[str]) -> None:
+def define_flags(values: flags.FlagValues) -> None:
+    """Declares what the command line may say."""
+    define = functools.partial(flags.DEFINE_string, flag_values=values)
+    define("config", "configs/demo.py", "File with all stages.")
+    define("workdir", "build/ablation", "One folder per variant.")
+    define("out", None, "JSON file that gets the rows.")
+    flags.DEFINE_multi_string(
+        "vary", [], "conversion key=base,other,...", flag_values=values
+    )
+
+
+def main(given: flags.FlagValues, argv: Sequence[str]) -> None:
     """Distils every variant and prints its row."""
     del argv
-    configs = load_config_module(Path(_CONFIG.value))
-    root = Path(_WORKDIR.value)
+    configs = load_config_module(Path(given.config))
+    root = Path(given.workdir)
 
     def config_of(stage: str) -> RunConfig:
         return from_config_dict(
@@ -44,13 +51,13 @@ def main(argv: Sequence[str]) -> None:
         )
 
     labels = run_stage(config_of("pseudo_labels"), root / "labels").parent
-    for name, changes in variants(_VARY.value).items():
+    for name, changes in variants(given.vary).items():
         row = {"variant": name} | run_variant(
             config_of("distill"), config_of("evaluate"), changes, root / name, labels
         )
         print(row)
-        if _OUT.value:
-            benchmarking.record(Path(_OUT.value), row, ("variant",))
+        if given.out:
+            benchmarking.record(Path(given.out), row, ("variant",))
 
 
 def variants(specs: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -108,4 +115,5 @@ def run_variant(
 
 
 if __name__ == "__main__":
-    run_app(main)
+    define_flags(flags.FLAGS)
+    run_app(functools.partial(main, flags.FLAGS))

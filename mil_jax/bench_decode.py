@@ -535,10 +535,9 @@ def median_ms(run: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def read_bandwidth(num_bytes: float = 4e9) -> float:
+def read_bandwidth() -> float:
     """Returns the bytes per second at which the device reads an array."""
-    if jax.default_backend() == "cpu":
-        num_bytes = 1e7
+    num_bytes = 1e7 if jax.default_backend() == "cpu" else 4e9
     columns = 4096
     rows = math.ceil(num_bytes / columns / 4)
     values = jnp.ones((rows, columns), jnp.float32)

@@ -7,6 +7,7 @@ Prints tokens/s (median over steps that rotate among batches), the memory that X
 the step (weights, optimizer state, activations) and the time to compile.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from ml_collections import config_flags
 
 from mil_jax import benchmarking, sharding, surgery
 from mil_jax.cli import read_config, run_app
-from mil_jax.config import RunConfig
+from mil_jax.config import ModelConfig, RunConfig
 from mil_jax.errors import UserError
 from mil_jax.models import decoder
 from mil_jax.models.decoder import Blueprint
@@ -33,30 +34,41 @@ from mil_jax.train.step import (
     reference_compute,
 )
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="As mil_jax.main takes it.", lock_config=True
-)
-_SHAPE = flags.DEFINE_enum("shape", "llama3_8b", sorted(SHAPES), "Teacher's shape.")
-_NAME = flags.DEFINE_string("name", None, "Row's name; default shape, mixer and share.")
-_BATCH = flags.DEFINE_integer("batch", 2, "Rows of a step.")
-_LENGTH = flags.DEFINE_integer("length", 2048, "Tokens of a row.")
-_STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", None, "JSON file that gets the row.")
-
 NUM_BATCHES = 4
 
 
-def main(argv: Sequence[str]) -> None:
+def define_flags(values: flags.FlagValues) -> None:
+    """Declares what the command line may say."""
+    text = functools.partial(flags.DEFINE_string, flag_values=values)
+    number = functools.partial(flags.DEFINE_integer, flag_values=values)
+    config_flags.DEFINE_config_file(
+        "config",
+        help_string="As mil_jax.main takes it.",
+        lock_config=True,
+        flag_values=values,
+    )
+    shapes = sorted(SHAPES)
+    flags.DEFINE_enum(
+        "shape", "llama3_8b", shapes, "Teacher's shape.", flag_values=values
+    )
+    text("name", None, "Row's name; default shape, mixer and share.")
+    number("batch", 2, "Rows of a step.")
+    number("length", 2048, "Tokens of a row.")
+    number("steps", 10, "Timed steps.", lower_bound=1)
+    text("out", None, "JSON file that gets the row.")
+
+
+def main(given: flags.FlagValues, argv: Sequence[str]) -> None:
     """Times one config and prints or records its row."""
     del argv
-    config = read_config(_CONFIG)
-    row = time_stage(config, _SHAPE.value, _BATCH.value, _LENGTH.value, _STEPS.value)
-    if _NAME.value:
-        row["config"] = _NAME.value
+    config = read_config(given["config"])
+    row = time_stage(config, given.shape, given.batch, given.length, given.steps)
+    if given.name:
+        row["config"] = given.name
     print({**row, "device": jax.devices()[0].device_kind})
-    if _OUT.value:
+    if given.out:
         key = ("config", "stage", "batch", "length", "devices", "implementation")
-        benchmarking.record(Path(_OUT.value), row, key)
+        benchmarking.record(Path(given.out), row, key)
 
 
 def time_stage(
@@ -71,43 +83,17 @@ def time_stage(
     if stage.name not in ("distill", "sft", "dpo"):
         raise UserError(f"stage {stage.name} has no training step to time")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    teacher_config = SHAPES[shape]
-    dtype = config.compute.param_dtype
-    params = decoder.init_params(teacher_config, jax.random.key(0), dtype)
-    teacher = teacher_blueprint = None
-    if stage.kl_weight or stage.name == "dpo":
-        compute = reference_compute(config.compute, mesh)
-        teacher_blueprint = Blueprint.create(teacher_config, compute)
-        teacher = teacher_blueprint.place(params, mesh)
-    layers = config.conversion.steps[-1]
-    mixer = config.conversion.mixer
-    params, hybrid = surgery.attention_to_mamba(
-        params, teacher_config, layers, mixer=mixer
-    )
-    blueprint = Blueprint.create(hybrid, config.compute)
-    optimizer = state_lib.make_optimizer(stage.optimizer, 1000)
-    state, frozen = state_lib.create(
-        blueprint, params, stage.trainable, optimizer, mesh
-    )
-    del params
-    step_fn = make_train_step(
-        make_loss_fn(stage, blueprint, teacher_blueprint),
-        optimizer,
-        state_lib.make_schedule(stage.optimizer, 1000),
-        mesh=mesh,
-        like=state,
-    )
+    teacher = SHAPES[shape]
+    arguments = prepare_step(config, teacher, mesh)
     batches = [
-        random_batch(mesh, stage.name, batch, length, hybrid.vocab_size, seed)
+        random_batch(mesh, stage.name, batch, length, teacher.vocab_size, seed)
         for seed in range(NUM_BATCHES)
     ]
-    seconds, compile_s, peak = time_steps(
-        step_fn, state, frozen, teacher, batches, steps
-    )
-    share = round(100 * (1 - len(layers) / teacher_config.n_layers))
+    seconds, compile_s, peak = time_steps(*arguments, batches, steps)
+    share = round(100 * (1 - len(config.conversion.steps[-1]) / teacher.n_layers))
     rows = 2 * batch if stage.name == "dpo" else batch
     return {
-        "config": f"{shape}_{mixer}_{share}",
+        "config": f"{shape}_{config.conversion.mixer}_{share}",
         "stage": stage.name,
         "batch": batch,
         "length": length,
@@ -118,6 +104,39 @@ def time_stage(
         "peak_gb": round(peak / 1e9, 2),
         "compile_s": round(compile_s, 1),
     }
+
+
+def prepare_step(
+    config: RunConfig, teacher_config: ModelConfig, mesh: jax.sharding.Mesh
+) -> tuple[
+    TrainStep, state_lib.TrainState, state_lib.Weights, state_lib.Weights | None
+]:
+    """Returns a stage's step, and random state, frozen weights and teacher for it."""
+    stage = config.stage
+    dtype = config.compute.param_dtype
+    params = decoder.init_params(teacher_config, jax.random.key(0), dtype)
+    teacher = teacher_blueprint = None
+    if stage.kl_weight or stage.name == "dpo":
+        compute = reference_compute(config.compute, mesh)
+        teacher_blueprint = Blueprint.create(teacher_config, compute)
+        teacher = teacher_blueprint.place(params, mesh)
+    layers, mixer = config.conversion.steps[-1], config.conversion.mixer
+    params, hybrid = surgery.attention_to_mamba(
+        params, teacher_config, layers, mixer=mixer
+    )
+    blueprint = Blueprint.create(hybrid, config.compute)
+    optimizer = state_lib.make_optimizer(stage.optimizer, 1000)
+    state, frozen = state_lib.create(
+        blueprint, params, stage.trainable, optimizer, mesh
+    )
+    step_fn = make_train_step(
+        make_loss_fn(stage, blueprint, teacher_blueprint),
+        optimizer,
+        state_lib.make_schedule(stage.optimizer, 1000),
+        mesh=mesh,
+        like=state,
+    )
+    return step_fn, state, frozen, teacher
 
 
 def time_steps(
@@ -183,4 +202,5 @@ def random_batch(
 
 
 if __name__ == "__main__":
-    run_app(main)
+    define_flags(flags.FLAGS)
+    run_app(functools.partial(main, flags.FLAGS))

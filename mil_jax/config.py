@@ -1,6 +1,7 @@
 """Typed, frozen descriptions of a model, and the bridge from `ml_collections`."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -225,7 +226,9 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    implementation: str = "auto"
+    implementation: Literal["auto", "pallas_triton", "xla_chunked", "reference"] = (
+        "auto"
+    )
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     remat: bool = False
     remat_keeps: Literal["products", "nothing"] = "products"
@@ -264,6 +267,12 @@ class ConversionConfig:
     channel_order: Literal["aligned", "original"] = "aligned"
     dt_init: Literal["mamba", "original"] = "mamba"
     d_state: int = 16
+
+    def __post_init__(self) -> None:
+        if self.d_state < 1:
+            raise UserError(
+                f"conversion.d_state is {self.d_state}; it must be at least 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,9 +328,16 @@ class OptimizerConfig:
         """Checks that no value turns a step round."""
         rates = ("lr", "warmup_steps", "warmup_fraction", "end_fraction")
         for name in (*rates, "eps", "weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(
-                    f"optimizer.{name} is {getattr(self, name)}; it must be at least 0"
+                    f"optimizer.{name} is {getattr(self, name)}; it must be at least 0 "
+                    "and finite"
+                )
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(
+                    f"optimizer.{name} is {getattr(self, name)}; it must be at least 0 "
+                    "and below 1"
                 )
 
 
@@ -472,6 +488,8 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; it must be from 0 to {2**32 - 1}")
         steps = self.conversion.steps
         for i, (earlier, later) in enumerate(zip(steps, steps[1:], strict=False)):
             if not set(earlier) <= set(later):

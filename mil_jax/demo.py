@@ -8,7 +8,9 @@ goes on where the first one stopped. With --out the report is also recorded besi
 versions and the machine that gave it.
 """
 
+import functools
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,20 +40,27 @@ from mil_jax.train.workdir import Workdir
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-_CONFIG = flags.DEFINE_string("config", "configs/demo.py", "File with all stages.")
-_WORKDIR = flags.DEFINE_string("workdir", "build/demo", "Folder of the run.")
-_OUT = flags.DEFINE_string("out", None, "JSON file that records the report as a row.")
+# By its name in the package also where it is run as a program.
+logger = logging.getLogger("mil_jax.demo")
 
 STAGES = ("pseudo_labels", "distill", "sft", "dpo", "draft", "export")
 DRAFT_TOKENS = 4
 SHOWN = 6
 
 
-def main(argv: Sequence[str]) -> None:
+def define_flags(values: flags.FlagValues) -> None:
+    """Declares what the command line may say."""
+    define = functools.partial(flags.DEFINE_string, flag_values=values)
+    define("config", "configs/demo.py", "File with all stages.")
+    define("workdir", "build/demo", "Folder of the run.")
+    define("out", None, "JSON file that records the report as a row.")
+
+
+def main(given: flags.FlagValues, argv: Sequence[str]) -> None:
     """Runs the stages and the comparison."""
     del argv
-    configs = load_config_module(Path(_CONFIG.value))
-    workdir = Workdir(Path(_WORKDIR.value))
+    configs = load_config_module(Path(given.config))
+    workdir = Workdir(Path(given.workdir))
     clock = _Clock(workdir.path / "seconds.json")
 
     def config_of(stage: str) -> RunConfig:
@@ -59,7 +68,8 @@ def main(argv: Sequence[str]) -> None:
             RunConfig, configs.get_config(f"stage={stage}").to_dict()
         )
 
-    for stage in STAGES:
+    for i, stage in enumerate(STAGES):
+        logger.info("stage %d of %d: %s", i + 1, len(STAGES), stage)
         clock.time(stage, lambda stage=stage: run_stage(config_of(stage), workdir.path))
     report = clock.time(
         "evaluate", lambda: _compare(config_of("evaluate"), workdir, Console())
@@ -67,9 +77,9 @@ def main(argv: Sequence[str]) -> None:
     report["seconds_by_stage"] = clock.seconds
     path = workdir.path / "report.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
-    if _OUT.value:
-        row = {"config": Path(_CONFIG.value).stem} | report
-        benchmarking.record(Path(_OUT.value), row, ("config",))
+    if given.out:
+        row = {"config": Path(given.config).stem} | report
+        benchmarking.record(Path(given.out), row, ("config",))
     plot = _plot(workdir, report)
     Console().print(_table(report))
     print(f"report {path}\nplot   {plot}\nmodel  {workdir.stage('export')}")
@@ -256,4 +266,8 @@ def _plot(workdir: Workdir, report: dict[str, Any]) -> Path:
 
 
 if __name__ == "__main__":
-    run_app(main)
+    define_flags(flags.FLAGS)
+    run_app(
+        functools.partial(main, flags.FLAGS),
+        after_stop="the same command goes on from the last checkpoint",
+    )

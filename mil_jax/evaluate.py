@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from mil_jax import losses
 from mil_jax.data.chat import Tokenizer, encode_chat, encode_prompt
@@ -16,6 +15,7 @@ from mil_jax.data.types import Conversation
 from mil_jax.errors import UserError
 from mil_jax.generate.decode import generate
 from mil_jax.models.decoder import HybridLM
+from mil_jax.progress import progress
 from mil_jax.train.step import next_token_targets
 
 
@@ -51,7 +51,7 @@ def evaluate(
     """
     right, nll, tokens = 0, 0.0, 0.0
     starts = range(0, len(conversations), batch_size)
-    for start in tqdm(starts, desc=name, unit="batch", dynamic_ncols=True):
+    for start in progress(starts, desc=name, unit="batch"):
         stop = min(start + batch_size, len(conversations))
         chats = [conversations[i] for i in range(start, stop)]
         for chat in chats:

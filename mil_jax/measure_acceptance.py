@@ -18,6 +18,7 @@ teacher is there: --targets= trains it alone, --drafts= a target alone.
 import concurrent.futures
 import dataclasses
 import fcntl
+import functools
 import itertools
 import json
 import math
@@ -47,52 +48,61 @@ from mil_jax.models.decoder import HybridLM
 from mil_jax.train.stages import run_stage
 from mil_jax.train.workdir import DATA
 
-_CONFIG = flags.DEFINE_string(
-    "config", "configs/acceptance.py", "File with all stages."
-)
-_WORLD = flags.DEFINE_enum("world", "demo", ["demo", "text"], "What the models learn.")
-_TEXT = flags.DEFINE_multi_string("text", [], "File of --world=text: .txt, or chats.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder or hub id, for text.")
-_WORKDIR = flags.DEFINE_string("workdir", "build/acceptance/demo", "Folder of the run.")
-_OUT = flags.DEFINE_string("out", None, "JSON file that gets the rows.")
-_TARGETS = flags.DEFINE_list(
-    "targets", "mamba2_50,mamba_25", "teacher, or MIXER_SHARE of attention left."
-)
-_DRAFTS = flags.DEFINE_list("drafts", "1,2,4", "Layers of the drafts.")
-_KS = flags.DEFINE_list("ks", "2,3,4,5,6,7,8", "Tokens drafted per step.")
-_TEMPERATURES = flags.DEFINE_list("temperatures", "0,0.8", "0 is greedy.")
-_PROMPTS = flags.DEFINE_integer("prompts", 64, "Held-out prompts to answer.")
-_SET = flags.DEFINE_multi_string("set", [], "Change a stage: draft.kl_weight=0")
-_TINY = flags.DEFINE_bool("tiny", False, "Rehearse it on a CPU.")
-_THREADS = flags.DEFINE_integer("threads", 8, "Programs compiled at a time.")
-_STEP_TIMES = flags.DEFINE_string(
-    "step_times", "benchmarks/results/decode_h200.json", "From mil_jax.bench_decode."
-)
-
-_SHOW = flags.DEFINE_string("show", None, "Only print the tables of this JSON file.")
-
 MAX_PROMPT = 64  # tokens; so that all batches of prompts have one or two widths
 KEY = ("world", "recipe", "measure", "target", "draft_layers", "k", "temperature")
 Row = acceptance.Row
 
 
-def main(argv: Sequence[str]) -> None:
+def define_flags(values: flags.FlagValues) -> None:
+    """Declares what the command line may say."""
+    text, many, comma_list, number, yes_no, choice = (
+        functools.partial(define, flag_values=values)
+        for define in (
+            flags.DEFINE_string,
+            flags.DEFINE_multi_string,
+            flags.DEFINE_list,
+            flags.DEFINE_integer,
+            flags.DEFINE_bool,
+            flags.DEFINE_enum,
+        )
+    )
+    text("config", "configs/acceptance.py", "File with all stages.")
+    choice("world", "demo", ["demo", "text"], "What the models learn.")
+    many("text", [], "File of --world=text: .txt, or chats.")
+    text("tokenizer", None, "Folder or hub id, for text.")
+    text("workdir", "build/acceptance/demo", "Folder of the run.")
+    text("out", None, "JSON file that gets the rows.")
+    targets = "teacher, or MIXER_SHARE of attention left."
+    comma_list("targets", "mamba2_50,mamba_25", targets)
+    comma_list("drafts", "1,2,4", "Layers of the drafts.")
+    comma_list("ks", "2,3,4,5,6,7,8", "Tokens drafted per step.")
+    comma_list("temperatures", "0,0.8", "0 is greedy.")
+    number("prompts", 64, "Held-out prompts to answer.")
+    many("set", [], "Change a stage: draft.kl_weight=0")
+    yes_no("tiny", False, "Rehearse it on a CPU.")
+    number("threads", 8, "Programs compiled at a time.")
+    record = "benchmarks/results/decode_h200.json"
+    text("step_times", record, "From mil_jax.bench_decode.")
+    text("show", None, "Only print the tables of this JSON file.")
+
+
+def main(given: flags.FlagValues, argv: Sequence[str]) -> None:
     """Trains what is not there yet, measures, prints the tables."""
     del argv
-    if _SHOW.value:
-        _print_tables(_rows_of(_SHOW.value), "")
+    if given.show:
+        _print_tables(_rows_of(given.show), "", given.step_times)
         return
-    targets = [_parse_target(name) for name in _TARGETS.value]
-    drafts, ks = _integers(_DRAFTS), _integers(_KS)
+    targets = [_parse_target(name) for name in given.targets]
+    drafts, ks = _integers(given["drafts"]), _integers(given["ks"])
     if not ks or min(ks) < 1 or max(ks) > speculative.MAX_K:
         raise UserError(f"--ks has {ks}; each must be 1 to {speculative.MAX_K}")
-    grid = list(itertools.product(ks, _temperatures()))
-    world = _prepare()
+    grid = list(itertools.product(ks, _temperatures(given.temperatures)))
+    world = _prepare(given)
     teacher = _run(world.config("pretrain"), world.folder / "teacher")
     labels = _run(
         world.config("pseudo_labels", teacher=teacher), world.folder / "labels"
     )
-    results = Results(world.folder / "acceptance.json", _OUT.value)
+    results = Results(world.folder / "acceptance.json", given.out)
     for name, student in targets:
         target = teacher
         if student:
@@ -104,16 +114,24 @@ def main(argv: Sequence[str]) -> None:
             depth: _draft(world, name, depth, teacher, labels, target)
             for depth in drafts
         }
-        measure(world, name, target, pairs, grid, results)
-    _print_tables(results.rows(), world.recipe)
+        measure(
+            world,
+            name,
+            target,
+            pairs,
+            grid,
+            results,
+            num_prompts=given.prompts,
+            threads=given.threads,
+        )
+    _print_tables(results.rows(), world.recipe, given.step_times)
 
 
-def _print_tables(rows: Sequence[Row], recipe: str) -> None:
+def _print_tables(rows: Sequence[Row], recipe: str, step_times: str) -> None:
     rows = [row for row in rows if row["recipe"] == recipe]
-    path = Path(_STEP_TIMES.value)
-    step_times = _rows_of(path) if path.exists() else []
+    timed = _rows_of(step_times) if Path(step_times).exists() else []
     print(acceptance.acceptance_table(rows))
-    print(acceptance.speedup_table(rows, step_times))
+    print(acceptance.speedup_table(rows, timed))
 
 
 def _rows_of(path: str | Path) -> list[Row]:
@@ -181,6 +199,18 @@ class World:
     def file(self, part: str) -> Path:
         """Returns the chats of "train", "prompts" or "held_out"."""
         return self.folder / DATA / f"{part}.jsonl"
+
+    def row(
+        self,
+        measure: str,
+        target: str,
+        draft_layers: int | None = None,
+        k: int | None = None,
+        temperature: float | None = None,
+    ) -> Row:
+        """Returns a row of which nothing is measured yet."""
+        values = (self.name, self.recipe, measure, target, draft_layers, k, temperature)
+        return dict(zip(KEY, values, strict=True))
 
     def _values(self, stage: str, **args: str) -> dict[str, Any]:
         """Returns what the config file says, as a dict."""
@@ -275,7 +305,7 @@ def _parse_target(name: str) -> tuple[str, dict[str, str] | None]:
     return name, {"mixer": found[1], "attention": found[2]}
 
 
-def _integers(flag: flags.FlagHolder) -> list[int]:
+def _integers(flag: flags.Flag) -> list[int]:
     try:
         values = [int(text) for text in flag.value]
     except ValueError:
@@ -285,9 +315,9 @@ def _integers(flag: flags.FlagHolder) -> list[int]:
     return values
 
 
-def _changes() -> dict[str, dict[str, Any]]:
+def _changes(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     changes: dict[str, dict[str, Any]] = {}
-    for text in _SET.value:
+    for text in texts:
         found = re.fullmatch(
             r"(pretrain|pseudo_labels|distill|draft)\.([\w.]+)=(.+)", text
         )
@@ -301,50 +331,48 @@ def _changes() -> dict[str, dict[str, Any]]:
     return changes
 
 
-def _temperatures() -> list[float]:
+def _temperatures(texts: Sequence[str]) -> list[float]:
     try:
-        values = [float(text) for text in _TEMPERATURES.value]
+        values = [float(text) for text in texts]
     except ValueError:
         values = [-1.0]
     if min(values) < 0:
-        raise UserError(
-            f"--temperatures is {','.join(_TEMPERATURES.value)}; give numbers from 0"
-        )
+        raise UserError(f"--temperatures is {','.join(texts)}; give numbers from 0")
     return values
 
 
-def _prepare() -> World:
+def _prepare(given: flags.FlagValues) -> World:
     """Returns the world, with its chats and its tokenizer in the workdir."""
-    folder = Path(_WORKDIR.value)
-    configs = load_config_module(Path(_CONFIG.value))
-    if _WORLD.value == "demo":
+    folder = Path(given.workdir)
+    configs = load_config_module(Path(given.config))
+    if given.world == "demo":
         name = models.DEMO_TEACHER
-    elif not _TEXT.value or not _TOKENIZER.value:
+    elif not given.text or not given.tokenizer:
         raise UserError("--world=text needs --text=FILE (one or more) and --tokenizer")
     else:
-        name = str(_chat_tokenizer(_TOKENIZER.value, folder / "tokenizer"))
+        name = str(_chat_tokenizer(given.tokenizer, folder / "tokenizer"))
     world = World(
-        name=_WORLD.value,
+        name=given.world,
         folder=folder,
         configs=configs,
         tokenizer=load_tokenizer(models.resolve(name)),
         tokenizer_name=name,
-        is_tiny=_TINY.value,
-        changes=_changes(),
+        is_tiny=given.tiny,
+        changes=_changes(given.set),
     )
     for stage in world.changes:
         world.config(stage)  # So that a wrong key is found before anything is done.
     note = folder / DATA / "texts.json"
-    texts = [world.name, *_TEXT.value]
+    texts = [world.name, *given.text]
     if not note.exists():
-        _write_chats(world)
+        _write_chats(world, given.text)
         note.write_text(json.dumps(texts))
     elif json.loads(note.read_text()) != texts:
         raise UserError(f"{folder} holds work on other texts; choose another --workdir")
     return world
 
 
-def _write_chats(world: World) -> None:
+def _write_chats(world: World, texts: Sequence[str]) -> None:
     """Writes what the stages read: chats, prompts and held-out chats."""
     if world.name == "demo":
         data = world.demo_data()
@@ -353,7 +381,7 @@ def _write_chats(world: World) -> None:
             for spec in (data.conversations, data.prompts, data.evaluation)
         )
     else:
-        train, held_out = passages.split(passages.read(_TEXT.value))
+        train, held_out = passages.split(passages.read(texts))
         prompts = train
     passages.write(world.file("train"), train)
     for part, chats in (("prompts", prompts), ("held_out", held_out)):
@@ -388,33 +416,27 @@ def measure(
     draft_folders: dict[int, Path],
     grid: Sequence[tuple[int, float]],
     results: Results,
+    *,
+    num_prompts: int,
+    threads: int,
 ) -> None:
     """Measures one target with its drafts on held-out prompts.
 
-    Several programs are compiled at a time, because that takes longer than running them.
+    As many programs as `threads` are compiled at a time, because that takes longer than
+    running them.
     """
     wanted = results.missing(
-        {
-            "world": world.name,
-            "recipe": world.recipe,
-            "measure": "acceptance",
-            "target": name,
-            "draft_layers": depth,
-            "k": k,
-            "temperature": temperature,
-        }
+        world.row("acceptance", name, depth, *how)
         for depth in draft_folders
-        for k, temperature in grid
+        for how in grid
     )
-    quality = {"world": world.name, "recipe": world.recipe, "measure": "quality"}
-    quality |= {"target": name, "draft_layers": None, "k": None, "temperature": None}
+    quality = world.row("quality", name)
     if not wanted and not results.missing([quality]):
         return
     chats = conversations(str(world.file("held_out")))
-    chats = [chats[i] for i in range(min(len(chats), max(256, _PROMPTS.value)))]
-    prompts = [encode_prompt(world.tokenizer, c[:-1]) for c in chats[: _PROMPTS.value]]
-    stage = world.config("evaluate").stage
-    limit = stage.max_new_tokens
+    chats = [chats[i] for i in range(min(len(chats), max(256, num_prompts)))]
+    prompts = [encode_prompt(world.tokenizer, c[:-1]) for c in chats[:num_prompts]]
+    limit = world.config("evaluate").stage.max_new_tokens
     target = _build(world, target_folder)
     drafts = {depth: _build(world, path) for depth, path in draft_folders.items()}
     plain = decode.generate(target, prompts, max_new_tokens=limit).rows()
@@ -429,7 +451,7 @@ def measure(
         row = quality | _quality(world, target, chats, plain)
         results.add(row)
         print(row, flush=True)
-    with concurrent.futures.ThreadPoolExecutor(_THREADS.value) as pool:
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for done in concurrent.futures.as_completed(
             [pool.submit(run, r) for r in wanted]
         ):
@@ -480,4 +502,5 @@ def _build(world: World, folder: Path) -> HybridLM:
 
 
 if __name__ == "__main__":
-    run_app(main)
+    define_flags(flags.FLAGS)
+    run_app(functools.partial(main, flags.FLAGS))

@@ -12,14 +12,13 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from mil_jax import benchmarking
 from mil_jax.checkpoint import models
@@ -31,45 +30,40 @@ from mil_jax.data.chat import Tokenizer, load_tokenizer
 from mil_jax.data.types import Conversation
 from mil_jax.evaluate import answer_nll
 from mil_jax.models import decoder
+from mil_jax.progress import progress
 
 BATCH = 64
 
 
-class Flags(NamedTuple):
-    """What the command line may say."""
-
-    config: flags.FlagHolder
-    count: flags.FlagHolder
-    out: flags.FlagHolder
-
-    @classmethod
-    def define(cls) -> "Flags":
-        """Returns flags that the command line is read for from now on."""
-        return cls(
-            config_flags.DEFINE_config_file("config", lock_config=True),
-            flags.DEFINE_integer("count", 256, "Held-out conversations.", 1),
-            flags.DEFINE_string("out", None, "JSON file that gets the rows."),
-        )
+def define_flags(values: flags.FlagValues) -> None:
+    """Declares what the command line may say."""
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    flags.DEFINE_integer(
+        "count", 256, "Held-out conversations.", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_string(
+        "out", None, "JSON file that gets the rows.", flag_values=values
+    )
 
 
-def main(given: Flags, argv: Sequence[str]) -> None:
+def main(given: flags.FlagValues, argv: Sequence[str]) -> None:
     """Prints the layers, the dispensable first."""
     del argv
-    config = read_config(given.config)
+    config = read_config(given["config"])
     teacher = models.load(config.teacher)
     tokenizer = load_tokenizer(models.resolve(config.tokenizer or teacher.source))
     held_out = sources.conversations(config.data.evaluation)
-    chats = [held_out[i] for i in range(min(given.count.value, len(held_out)))]
+    chats = [held_out[i] for i in range(min(given.count, len(held_out)))]
     rows = []
     kinds = teacher.config.layer_types
     layers = [None, *(i for i, kind in enumerate(kinds) if kind == "attention")]
-    for layer in tqdm(layers, desc="probe layers", unit="layer", dynamic_ncols=True):
+    for layer in progress(layers, desc="probe layers", unit="layer"):
         row = {"teacher": config.teacher, "silent_layer": layer}
         row |= silence(teacher, layer, config.compute, tokenizer, chats)
         row |= {"evaluated_on": config.data.evaluation, "conversations": len(chats)}
         rows.append(row)
-        if given.out.value:
-            benchmarking.record(Path(given.out.value), row, ("teacher", "silent_layer"))
+        if given.out:
+            benchmarking.record(Path(given.out), row, ("teacher", "silent_layer"))
     Console().print(_table(rows))
 
 
@@ -109,4 +103,5 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    run_app(functools.partial(main, Flags.define()))
+    define_flags(flags.FLAGS)
+    run_app(functools.partial(main, flags.FLAGS))

@@ -1,5 +1,6 @@
 """What the benchmark runs: each operation at its named shapes, and its least cost."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -115,30 +116,45 @@ def _small(shape: Any) -> Any:
     return shape._replace(batch=min(shape.batch, 2), length=min(shape.length, 384))
 
 
+def _case(
+    op: str,
+    name: str,
+    shape: Any,
+    make: Callable[[Any, jax.Array], dict[str, Any]],
+    api: Any,
+    costs: dict[str, Cost],
+    small: Any = None,
+    **options: Any,
+) -> Case:
+    """A case of an operation whose arguments are the inputs and some fixed options."""
+    small = _small(shape) if small is None else small
+    function = getattr(api, op)
+
+    def call(inputs, implementation):
+        return function(**inputs, **options, implementation=implementation)
+
+    makers = (functools.partial(make, s) for s in (shape, small))
+    return Case(op, name, *makers, call, tuple(api.IMPLEMENTATIONS), costs)
+
+
 def selective_scan_case(name: str) -> Case:
     """Returns the selective scan at one of its shapes, gate and skip fused."""
     shape = selective_shapes.LARGE[name]
 
-    def maker(s):
-        def make(key):
-            b, length, e, n = s.batch, s.length, s.d_inner, s.d_state
-            made = _normals(
-                key,
-                x=(b, length, e),
-                dt=(b, length, e),
-                A=(e, n, None),
-                B=(b, length, s.B_groups, n),
-                C=(b, length, s.C_groups, n),
-                D=(e, None),
-                z=(b, length, e),
-                dt_bias=(e, None),
-            )
-            return made | {"A": _decays(made["A"])} | _segments(s, key)
-
-        return make
-
-    def call(inputs, implementation):
-        return selective_api.selective_scan(**inputs, implementation=implementation)
+    def make(s, key):
+        b, length, e, n = s.batch, s.length, s.d_inner, s.d_state
+        made = _normals(
+            key,
+            x=(b, length, e),
+            dt=(b, length, e),
+            A=(e, n, None),
+            B=(b, length, s.B_groups, n),
+            C=(b, length, s.C_groups, n),
+            D=(e, None),
+            z=(b, length, e),
+            dt_bias=(e, None),
+        )
+        return made | {"A": _decays(made["A"])} | _segments(s, key)
 
     tokens = shape.batch * shape.length
     channels = 2 * tokens * shape.d_inner
@@ -149,34 +165,26 @@ def selective_scan_case(name: str) -> Case:
         "forward": Cost(4 * channels + maps, exps),
         "forward_backward": Cost(11 * channels + 3 * maps, 2 * exps),
     }
-    small = maker(_small(shape))
-    names = selective_api.IMPLEMENTATIONS
-    return Case("selective_scan", name, maker(shape), small, call, tuple(names), costs)
+    return _case("selective_scan", name, shape, make, selective_api, costs)
 
 
 def ssd_case(name: str) -> Case:
     """Returns the SSD scan at one of its shapes."""
     shape = ssd_shapes.LARGE[name]
 
-    def maker(s):
-        def make(key):
-            b, length, k, n = s.batch, s.length, s.kv_heads, s.d_state
-            made = _normals(
-                key,
-                x=(b, length, k, s.head_dim),
-                dt=(b, length, s.heads),
-                A=(s.heads, None),
-                B=(b, length, k, n),
-                C=(b, length, s.heads, n),
-                D=(s.heads, None),
-                dt_bias=(s.heads, None),
-            )
-            return made | {"A": _decays(made["A"])} | _segments(s, key)
-
-        return make
-
-    def call(inputs, implementation):
-        return ssd_api.ssd(**inputs, implementation=implementation)
+    def make(s, key):
+        b, length, k, n = s.batch, s.length, s.kv_heads, s.d_state
+        made = _normals(
+            key,
+            x=(b, length, k, s.head_dim),
+            dt=(b, length, s.heads),
+            A=(s.heads, None),
+            B=(b, length, k, n),
+            C=(b, length, s.heads, n),
+            D=(s.heads, None),
+            dt_bias=(s.heads, None),
+        )
+        return made | {"A": _decays(made["A"])} | _segments(s, key)
 
     tokens = shape.batch * shape.length
     n, width = shape.d_state, shape.head_dim
@@ -189,33 +197,22 @@ def ssd_case(name: str) -> Case:
         "forward": Cost(grouped + headed, 0.0, flops),
         "forward_backward": Cost(3 * (grouped + headed), 0.0, 3 * flops),
     }
-    small = maker(_small(shape))
-    return Case(
-        "ssd", name, maker(shape), small, call, tuple(ssd_api.IMPLEMENTATIONS), costs
-    )
+    return _case("ssd", name, shape, make, ssd_api, costs)
 
 
 def causal_conv_case(name: str) -> Case:
     """Returns the convolution at one of its shapes, bias and silu fused."""
     shape = conv_shapes.LARGE[name]
 
-    def maker(s):
-        def make(key):
-            c = s.channels
-            made = _normals(
-                key,
-                x=(s.batch, s.length, c),
-                kernel=(s.width, c, None),
-                bias=(c, None),
-            )
-            return made | _segments(s, key)
-
-        return make
-
-    def call(inputs, implementation):
-        return conv_api.causal_conv(
-            **inputs, activation="silu", implementation=implementation
+    def make(s, key):
+        c = s.channels
+        made = _normals(
+            key,
+            x=(s.batch, s.length, c),
+            kernel=(s.width, c, None),
+            bias=(c, None),
         )
+        return made | _segments(s, key)
 
     values = shape.batch * shape.length * shape.channels
     # A silu is one exponential. Forward: x in, y out. Backward: x and dy in, dx out.
@@ -223,26 +220,16 @@ def causal_conv_case(name: str) -> Case:
         "forward": Cost(4 * values, values),
         "forward_backward": Cost(10 * values, 2 * values),
     }
-    small = maker(_small(shape))
-    names = tuple(conv_api.IMPLEMENTATIONS)
-    return Case("causal_conv", name, maker(shape), small, call, names, costs)
+    return _case("causal_conv", name, shape, make, conv_api, costs, activation="silu")
 
 
 def gated_norm_case(name: str) -> Case:
     """Returns the gated norm at one of its shapes."""
     shape = norm_shapes.LARGE[name]
 
-    def maker(s):
-        def make(key):
-            size = (s.batch, s.length, s.heads * s.width)
-            return _normals(key, y=size, z=size, scale=(size[-1], None))
-
-        return make
-
-    def call(inputs, implementation):
-        return norm_api.gated_norm(
-            **inputs, groups=shape.heads, implementation=implementation
-        )
+    def make(s, key):
+        size = (s.batch, s.length, s.heads * s.width)
+        return _normals(key, y=size, z=size, scale=(size[-1], None))
 
     values = shape.batch * shape.length * shape.heads * shape.width
     # Forward: y and z in, one out. Backward: y, z and the gradient in, two out.
@@ -250,25 +237,15 @@ def gated_norm_case(name: str) -> Case:
         "forward": Cost(6 * values, values),
         "forward_backward": Cost(16 * values, 2 * values),
     }
-    small = maker(_small(shape))
-    names = tuple(norm_api.IMPLEMENTATIONS)
-    return Case("gated_norm", name, maker(shape), small, call, names, costs)
+    return _case("gated_norm", name, shape, make, norm_api, costs, groups=shape.heads)
 
 
 def residual_norm_case(name: str) -> Case:
     """Returns the residual sum and norm at one of its shapes."""
     shape = residual_shapes.LARGE[name]
 
-    def maker(s):
-        def make(key):
-            return _normals(key, x=s, delta=s, scale=(s.channels, None))
-
-        return make
-
-    def call(inputs, implementation):
-        return residual_api.residual_norm(
-            **inputs, eps=1e-5, implementation=implementation
-        )
+    def make(s, key):
+        return _normals(key, x=s, delta=s, scale=(s.channels, None))
 
     values = shape.batch * shape.length * shape.channels
     # Forward: two in, two out. Backward: the sum and two gradients in, one out.
@@ -276,9 +253,7 @@ def residual_norm_case(name: str) -> Case:
         "forward": Cost(8 * values),
         "forward_backward": Cost(16 * values),
     }
-    small = maker(_small(shape))
-    names = tuple(residual_api.IMPLEMENTATIONS)
-    return Case("residual_norm", name, maker(shape), small, call, names, costs)
+    return _case("residual_norm", name, shape, make, residual_api, costs, eps=1e-5)
 
 
 def _segments(shape: Any, key: jax.Array) -> dict[str, jax.Array]:
@@ -376,19 +351,11 @@ def cached_attention_case(name: str) -> Case:
     """Returns attention of new tokens to a cache, all rows of one length."""
     shape = attention_shapes.LARGE[name]
 
-    def maker(s):
-        def make(key):
-            kept = (s.batch, s.slots, s.kv_heads, s.head_dim)
-            q = (s.batch, s.tokens, s.heads, s.head_dim)
-            lengths = jnp.full((s.batch,), s.length, jnp.int32)
-            return _normals(key, q=q, k=kept, v=kept) | {"lengths": lengths}
-
-        return make
-
-    def call(inputs, implementation):
-        return attention_api.cached_attention(
-            **inputs, sliding_window=shape.window, implementation=implementation
-        )
+    def make(s, key):
+        kept = (s.batch, s.slots, s.kv_heads, s.head_dim)
+        q = (s.batch, s.tokens, s.heads, s.head_dim)
+        lengths = jnp.full((s.batch,), s.length, jnp.int32)
+        return _normals(key, q=q, k=kept, v=kept) | {"lengths": lengths}
 
     seen = shape.length + shape.tokens
     pairs = shape.batch * shape.tokens * shape.heads * (shape.length + shape.tokens / 2)
@@ -399,23 +366,22 @@ def cached_attention_case(name: str) -> Case:
     kept = shape.batch * seen * shape.kv_heads * shape.head_dim
     # Keys and values of the slots that are seen, queries in, outputs out.
     cost = Cost(4 * kept + 4 * queries, pairs, 4 * pairs * shape.head_dim)
-    slots = min(shape.slots, 2048)
-    length = min(shape.length, slots - min(shape.tokens, 512))
+    slots, tokens = min(shape.slots, 2048), min(shape.tokens, 512)
     small = shape._replace(
         batch=min(shape.batch, 2),
-        tokens=min(shape.tokens, 512),
+        tokens=tokens,
         slots=slots,
-        length=length,
+        length=min(shape.length, slots - tokens),
     )
-    names = tuple(attention_api.IMPLEMENTATIONS)
-    return Case(
+    return _case(
         "cached_attention",
         name,
-        maker(shape),
-        maker(small),
-        call,
-        names,
+        shape,
+        make,
+        attention_api,
         {"forward": cost},
+        small,
+        sliding_window=shape.window,
     )
 
 

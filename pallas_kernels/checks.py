@@ -1,5 +1,7 @@
 """Shape checks shared by the operations; their errors name the argument."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 
@@ -20,6 +22,39 @@ def check_shape(
             f"{op}: {name} has shape {tuple(value.shape)}, "
             f"expected [{letters}] = {expected}"
         )
+
+
+def check_shapes(
+    op: str,
+    arguments: Mapping[str, tuple[Any, str]],
+    known: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, int]:
+    """Returns the size of every letter, which is one wherever the letter stands.
+
+    Args:
+      op: Name of the operation, for messages.
+      arguments: By name a value (None passes) and one letter per axis. A letter's size is
+        that of the first argument that has it.
+      known: Sizes of further letters.
+
+    Raises:
+      ValueError: A shape disagrees with its letters or with an argument before it.
+    """
+    sizes = dict(known)
+    for name, (value, letters) in arguments.items():
+        if value is None:
+            continue
+        shape, axes = tuple(value.shape), letters.split()
+        if len(shape) == len(axes):
+            for letter, size in zip(axes, shape, strict=True):
+                sizes.setdefault(letter, size)
+        expected = tuple(sizes.get(letter) for letter in axes)
+        if shape != expected:
+            numbers = "" if None in expected else f" = {expected}"
+            raise ValueError(
+                f"{op}: {name} has shape {shape}, expected [{letters}]{numbers}"
+            )
+    return sizes
 
 
 def check_groups(op: str, name: str, groups: int, channels: int) -> None:

@@ -88,8 +88,36 @@ class TestFlags:
             ),
             (
                 (CONFIG, "--config.stage.batch_size=many", "--workdir={tmp}"),
-                "flag --config.stage.batch_size=many: invalid literal for int() with base "
-                "10: 'many'; see --help",
+                "--config.stage.batch_size is 'many'; expected an integer",
+            ),
+            (
+                (CONFIG, "--config.stage.batch_size.x=1", "--workdir={tmp}"),
+                "config key stage.batch_size has no keys of its own: stage.batch_size.x",
+            ),
+            (
+                (CONFIG, "--config.conversion.steps=((0,", "--workdir={tmp}"),
+                "--config.conversion.steps is '((0,'; expected a tuple such as (0,1) or "
+                "((0,),(0,2))",
+            ),
+            (
+                (CONFIG, "--config.stage=distill", "--workdir={tmp}"),
+                "--config.stage is 'distill'; expected single keys, as "
+                "--config.stage.batch_size=8",
+            ),
+            (
+                (CONFIG, "--config.architecture.d_ff=3", "--workdir={tmp}"),
+                "config key architecture.d_ff cannot be given as a flag, for it has no "
+                "value in the config file; set it there",
+            ),
+            (
+                (CONFIG, "--config.compute.implementation=triton", "--workdir={tmp}"),
+                "config key compute.implementation is 'triton'; expected one of ('auto', "
+                "'pallas_triton', 'xla_chunked', 'reference')",
+            ),
+            (
+                ("--config=README.md", "--workdir={tmp}"),
+                "the file of --config, README.md, is no Python file; give one such as "
+                "configs/demo.py:stage=distill",
             ),
             (
                 (CONFIG, "--config.stage.accumulate=3", "--workdir={tmp}"),
@@ -152,6 +180,64 @@ class TestFlags:
         assert "line 2, in get_config" in done.stderr and "'one'" in done.stderr
 
 
+class TestEnds:
+    """Programs under `run_app` that fail or are stopped."""
+
+    PROGRAM = """
+import os, pathlib, resource, signal, sys
+from mil_jax import cli
+
+def main(argv):
+    what = pathlib.Path.cwd().name
+    if what == "checkpoint":
+        import numpy as np
+        from mil_jax.checkpoint.orbax_io import RunCheckpoints
+        checkpoints = RunCheckpoints(pathlib.Path("steps"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, -1))
+        checkpoints.save(1, {"a": np.random.default_rng(0).normal(size=500_000)}, {})
+        checkpoints.close()
+    elif what == "file":
+        raise PermissionError(13, "Permission denied", "answers")
+    else:
+        os.kill(os.getpid(), getattr(signal, what))
+
+cli.run_app(main, after_stop="the same command goes on")
+"""
+
+    @pytest.mark.parametrize(
+        ("what", "status", "message"),
+        [
+            (
+                "checkpoint",
+                2,
+                "error: cannot write steps (File too large); free some space, the same "
+                "command then goes on from the start",
+            ),
+            (
+                "file",
+                2,
+                "error: answers: Permission denied; check the disk and your rights",
+            ),
+            ("SIGTERM", 143, "stopped by SIGTERM; the same command goes on"),
+            ("SIGINT", 130, "stopped by SIGINT; the same command goes on"),
+        ],
+    )
+    def test_one_line(self, tmp_path, what, status, message):
+        """Nothing of what Orbax prints before it raises, and no traceback."""
+        folder = tmp_path / what
+        folder.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", self.PROGRAM],
+            cwd=folder,
+            env=process.environment("") | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == status, done.stderr
+        assert done.stderr.strip() == message
+
+
 class TestStages:
     def test_missing_stage_before(self, tmp_path):
         labels = tmp_path / "pseudo_labels" / "data"
@@ -182,10 +268,9 @@ class TestStages:
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"draft: {tmp_path}/draft/model\n"
         lines = done.stderr.replace("\r", "\n").splitlines()
-        # Bars, and which implementation of an operation runs.
-        expected = ("draft:", "tokenize:", "residual_norm: running xla")
+        bars = ("draft:", "tokenize:")
         messages = [
-            line for line in lines if line.strip() and not line.startswith(expected)
+            line for line in lines if line.strip() and not line.startswith(bars)
         ]
         assert len(messages) == 2
         assert messages[0].endswith("of 16 records cut to 64 tokens")

@@ -257,6 +257,37 @@ class TestRunConfig:
         with pytest.raises(UserError, match=f"optimizer.{key} is -1.0; it must be at"):
             OptimizerConfig(**values)
 
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("lr", float("nan"), "lr is nan; it must be at least 0 and finite"),
+            ("lr", float("inf"), "lr is inf; it must be at least 0 and finite"),
+            ("b2", 1.0, "b2 is 1.0; it must be at least 0 and below 1"),
+            ("b1", -0.1, "b1 is -0.1; it must be at least 0 and below 1"),
+        ],
+    )
+    def test_no_optimizer_that_leaves_the_numbers(self, key, value, message):
+        with pytest.raises(UserError, match=f"optimizer.{message}"):
+            OptimizerConfig(**({"lr": 1e-3} | {key: value}))
+
+    @pytest.mark.parametrize("seed", [-1, 2**32])
+    def test_seeds_that_no_generator_takes(self, seed):
+        kwargs = {
+            "teacher": "",
+            "conversion": ConversionConfig(()),
+            "data": DataConfig(),
+            "stage": StageConfig(name="sft"),
+        }
+        assert RunConfig(**kwargs, seed=2**32 - 1).seed == 2**32 - 1
+        with pytest.raises(
+            UserError, match=f"seed is {seed}; it must be from 0 to 4294"
+        ):
+            RunConfig(**kwargs, seed=seed)
+
+    def test_no_state_of_nothing(self):
+        with pytest.raises(UserError, match="conversion.d_state is 0; it must be at"):
+            ConversionConfig((), d_state=0)
+
     def test_kernel_of_auto_is_none(self):
         assert ComputeConfig().kernel is None
         assert ComputeConfig(implementation="xla_chunked").kernel == "xla_chunked"

@@ -7,11 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
+from checks import commands
 
 from mil_jax.config import RunConfig, from_config_dict
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), ROOT / "launch/README.md"]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    ROOT / "benchmarks/README.md",
+    ROOT / "launch/README.md",
+]
 
 
 def blocks(language: str) -> list[str]:
@@ -19,14 +24,18 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_links_lead_to_files(path):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_configs_and_stages_exist(path):
     text = path.read_text().replace("$CONFIG", "configs/llama3_8b_mamba_50.py")
     for name, stage in re.findall(r"configs/(\w+)\.py(?::stage=(\w+))?", text):
@@ -35,7 +44,9 @@ def test_configs_and_stages_exist(path):
         from_config_dict(RunConfig, values.to_dict())
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_config_keys_exist(path):
     config = importlib.import_module("configs.demo").get_config()
     found = re.findall(r"--config\.([a-z_.]*[a-z])", path.read_text())
@@ -48,6 +59,40 @@ def test_config_keys_exist(path):
         for part in key.split("."):
             assert part in node, key
             node = node[part]
+
+
+def flags_of(module):
+    """Returns the names of a command's flags, of either parser."""
+    command = importlib.import_module(module)
+    if hasattr(command, "define_flags"):
+        return set(commands.parse(command))
+    source = Path(command.__file__).read_text()
+    return set(re.findall(r'add(?:_argument)?\(\s*"--([\w-]+)"', source))
+
+
+SHOWN = [
+    *DOCUMENTS,
+    *sorted((ROOT / "pallas_kernels").rglob("*.md")),
+    *sorted((ROOT / "configs").glob("*.py")),
+    *sorted((ROOT / "mil_jax").rglob("*.py")),
+    ROOT / "pallas_kernels" / "bench.py",
+    ROOT / "Makefile",
+]
+
+
+def test_commands_take_the_flags_that_are_shown():
+    found = 0
+    for path in SHOWN:
+        text = path.read_text().replace("\\\n", " ")
+        for module, rest in re.findall(
+            r"-m ((?:mil_jax|pallas_kernels)[\w.]*)(.*)", text
+        ):
+            package = ROOT.joinpath(*module.split("."))
+            module += ".__main__" if package.is_dir() else ""
+            names = {name for name in re.findall(r"--([\w-]+)", rest)}
+            assert names <= flags_of(module), f"{path}: {module}"
+            found += len(names)
+    assert found > 80
 
 
 def test_first_example_prints_what_the_readme_says():

@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from absl.testing import flagsaver
-from checks import tiny
+from checks import commands, tiny
 
 from mil_jax import acceptance
 from mil_jax import measure_acceptance as command
@@ -13,10 +12,9 @@ from mil_jax.errors import UserError
 from mil_jax.generate import decode
 
 
-@pytest.fixture(autouse=True, scope="module")
-def parsed_flags():
-    """Flags have their defaults, as if the command were started bare."""
-    command.flags.FLAGS(["measure_acceptance"])
+def run(*args):
+    """Runs the command in this process."""
+    command.main(commands.parse(command, *args), ["measure_acceptance"])
 
 
 def _row(**changes):
@@ -124,76 +122,61 @@ def test_tables_of_rows_on_record(tmp_path, capsys):
     rows, times = tmp_path / "rows.json", tmp_path / "times.json"
     rows.write_text(json.dumps({"rows": [_row(), _row(recipe="other", k=2)]}))
     times.write_text(json.dumps({"rows": [_timed()]}))
-    with flagsaver.flagsaver(show=str(rows), step_times=str(times)):
-        command.main([])
+    run(f"--show={rows}", f"--step_times={times}")
     shown = capsys.readouterr().out
     assert "| K=4 |" in shown and "K=2" not in shown and "| 2.40 |" in shown
 
 
 class TestRefused:
     @pytest.mark.parametrize(
-        ("values", "message"),
+        ("flag", "message"),
         [
-            ({"targets": ["mamba_60"]}, "--targets names 'mamba_60'; expected teacher"),
-            ({"drafts": ["0"]}, "--drafts is 0; give numbers from 1"),
-            ({"ks": ["2", "x"]}, "--ks is 2,x; give numbers from 1"),
-            ({"temperatures": ["-1"]}, "--temperatures is -1; give numbers from 0"),
-            ({"set": ["draft"]}, "--set=draft is not understood; write STAGE.KEY=VAL"),
-            ({"set": ["draft.nope=1"]}, "unknown config key stage.nope"),
-            ({"set": ["draft.length.x=1"]}, "--set=draft.length.x: length has no keys"),
-            ({"world": "text"}, "--world=text needs --text=FILE"),
-            ({"show": "setup.py"}, "setup.py is no file of measurements (JSONDecode"),
-            ({"show": "/nope"}, "/nope is no file of measurements (FileNotFound"),
-            ({"config": "nope.py"}, "config nope.py does not exist"),
+            ("--targets=mamba_60", "--targets names 'mamba_60'; expected teacher"),
+            ("--drafts=0", "--drafts is 0; give numbers from 1"),
+            ("--ks=2,x", "--ks is 2,x; give numbers from 1"),
+            ("--temperatures=-1", "--temperatures is -1; give numbers from 0"),
+            ("--set=draft", "--set=draft is not understood; write STAGE.KEY=VAL"),
+            ("--set=draft.nope=1", "unknown config key stage.nope"),
+            ("--set=draft.length.x=1", "--set=draft.length.x: length has no keys"),
+            ("--world=text", "--world=text needs --text=FILE"),
+            ("--show=setup.py", "setup.py is no file of measurements (JSONDecode"),
+            ("--show=/nope", "/nope is no file of measurements (FileNotFound"),
+            ("--config=nope.py", "config nope.py does not exist"),
         ],
     )
-    def test_wrong_flags(self, tmp_path, values, message):
-        values = {"workdir": str(tmp_path), "tiny": True} | values
-        with flagsaver.flagsaver(**values), pytest.raises(UserError) as error:
-            command.main([])
+    def test_wrong_flags(self, tmp_path, flag, message):
+        with pytest.raises(UserError) as error:
+            run(f"--workdir={tmp_path}", "--tiny", flag)
         assert message in str(error.value) and "\n" not in str(error.value)
 
     def test_text_without_short_prompts(self, tmp_path):
         file = tmp_path / "long.jsonl"
         row = {"prompt": "word " * 99, "completion": "yes"}
         file.write_text((json.dumps(row) + "\n") * 3)
-        values = {"world": "text", "text": [str(file)], "workdir": str(tmp_path)}
-        values["tokenizer"] = "mil_jax/assets/demo_teacher"
-        with flagsaver.flagsaver(**values):
-            with pytest.raises(UserError, match="have no prompt of up to 64 tokens"):
-                command.main([])
+        args = ["--world=text", f"--text={file}", f"--workdir={tmp_path}"]
+        args.append("--tokenizer=mil_jax/assets/demo_teacher")
+        with pytest.raises(UserError, match="have no prompt of up to 64 tokens"):
+            run(*args)
 
     def test_other_texts_in_the_same_folder(self, tmp_path):
         note = tmp_path / "data" / "texts.json"
         note.parent.mkdir()
         note.write_text('["text", "a.txt"]')
-        with flagsaver.flagsaver(workdir=str(tmp_path)):
-            with pytest.raises(
-                UserError, match="holds work on other texts; choose ano"
-            ):
-                command.main([])
+        with pytest.raises(UserError, match="holds work on other texts; choose ano"):
+            run(f"--workdir={tmp_path}")
 
 
 @pytest.mark.slow
 def test_the_whole_command(tmp_path, capsys):
     """Every stage on tiny models; a second start measures nothing again."""
-    values = {
-        "workdir": str(tmp_path / "work"),
-        "out": str(tmp_path / "out.json"),
-        "tiny": True,
-        "targets": ["mamba2_50"],
-        "drafts": ["1"],
-        "ks": ["2"],
-        "prompts": 3,
-        "threads": 1,
-        "step_times": str(tmp_path / "times.json"),
-    }
+    args = [f"--workdir={tmp_path / 'work'}", f"--out={tmp_path / 'out.json'}"]
+    args += ["--tiny", "--targets=mamba2_50", "--drafts=1", "--ks=2", "--prompts=3"]
+    args += ["--threads=1", f"--step_times={tmp_path / 'times.json'}"]
     (tmp_path / "times.json").write_text(
         json.dumps({"rows": [_timed(k=2, draft="1 layers")]})
     )
     for _ in range(2):
-        with flagsaver.flagsaver(**values):
-            command.main([])
+        run(*args)
         first = (tmp_path / "out.json").read_text()
         rows = json.loads(first)["rows"]
         assert [row["measure"] for row in rows] == ["quality"] + ["acceptance"] * 2

@@ -116,7 +116,7 @@ MODEL_SLIPS = [
     ),
     slip(
         "rope pairs interleaved",
-        rope,
+        rotation,
         "rotate",
         "jnp.split(x.astype(jnp.float32), 2, axis=-1)",
         "(x.astype(jnp.float32)[..., i::2] for i in range(2))",
@@ -157,9 +157,9 @@ MODEL_SLIPS = [
     slip(
         "positions start anew in every step",
         rotation,
-        "cos_and_sin",
-        "(lengths.astype(jnp.int32)[:, None] + ",
-        "(jnp.zeros_like(lengths)[:, None] + ",
+        "next_positions",
+        "lengths.astype(jnp.int32)[:, None] + ",
+        "jnp.zeros_like(lengths)[:, None] + ",
         steps("attention"),
     ),
     slip(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import meshes
 
 from mil_jax import surgery
 from mil_jax.config import ComputeConfig
@@ -127,3 +128,14 @@ def test_no_cache_is_copied_while_decoding(mixer):
     assert len(large) == 2
     copies = [line for line in text.splitlines() if " copy(" in line]
     assert not [line for line in copies if any(name in line for name in large)]
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs several GPUs")
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_several_devices_train_as_one(mixer, axis):
+    """Every device runs the kernels on its own rows; gradients are those of one."""
+    with jax.default_matmul_precision("highest"):
+        meshes.check_mesh(
+            mixer, **({"data": 1, "fsdp": 1, "tensor": 1} | {axis: jax.device_count()})
+        )

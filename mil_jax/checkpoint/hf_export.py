@@ -7,19 +7,18 @@ import dataclasses
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from mil_jax.array_types import Params
 from mil_jax.checkpoint import hf_config, key_table
+from mil_jax.checkpoint.folders import new_folder
 from mil_jax.checkpoint.hf_import import MAMBA_CONFIG
-from mil_jax.checkpoint.tensor_files import first_line, read_json
+from mil_jax.checkpoint.tensor_files import read_json
 from mil_jax.config import ModelConfig
 from mil_jax.errors import UserError
 
@@ -73,9 +72,7 @@ def save(
     _check_folders(target, assets)
     tensors = _plan(config, params, wanted)
     jsons = _json_files(config, tensors, wanted, assets)
-    partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(target) as partial:
         for name, values in jsons.items():
             text = json.dumps(values, indent=2, sort_keys=True) + "\n"
             (partial / name).write_text(text, encoding="utf-8")
@@ -83,14 +80,6 @@ def save(
             if assets is not None and (assets / name).is_file():
                 shutil.copyfile(assets / name, partial / name)
         _write_tensors(partial, tensors, max_shard_bytes)
-        _sync(partial)
-        os.replace(partial, target)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"cannot write {target} ({first_line(error)}); nothing was left there"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_folders(target: Path, assets: Path | None) -> None:
@@ -206,13 +195,3 @@ def _write_tensors(folder: Path, tensors: Sequence[_Tensor], max_bytes: int) -> 
         (folder / "model.safetensors.index.json").write_text(
             json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
-
-
-def _sync(folder: Path) -> None:
-    """Flushes a folder's files to disk, so that its new name cannot outrun them."""
-    for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -8,11 +8,11 @@ A finished model is a folder:
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mil_jax import disk
 from mil_jax.array_types import Params
+from mil_jax.checkpoint.folders import new_folder
 from mil_jax.checkpoint.hf_export import ASSETS, GENERATION_CONFIG
 from mil_jax.config import ModelConfig, model_config_from_dict, model_config_to_dict
 from mil_jax.errors import UserError
@@ -43,29 +45,36 @@ def save_model(
     params: Params,
     *,
     assets_from: Path | None = None,
+    add: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a finished model; the folder appears only when it is complete.
+
+    Every process of a job calls it, and finds the folder there when it returns.
 
     Args:
         path: New folder.
         config: The architecture.
         params: Per-layer weights, on host or devices.
         assets_from: Folder whose tokenizer files are copied.
+        add: Called by one process with the folder under its first name, to write what
+            else belongs to the model.
 
     Raises:
-        UserError: `path` exists already.
+        UserError: `path` exists already, or cannot be written; nothing is left there.
     """
     if path.exists():
         raise UserError(
             f"{path} exists; nothing is overwritten: move it or name another"
         )
-    with _complete_or_absent(path) as partial:
+    with new_folder(path) as partial:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((partial / WEIGHTS).absolute(), dict(params))
         if jax.process_index() == 0:
             copy_tokenizer(assets_from, partial)
             text = json.dumps(model_config_to_dict(config), indent=2)
             (partial / CONFIG_FILE).write_text(text + "\n")
+            if add is not None:
+                add(partial)
 
 
 def load_model(path: Path) -> tuple[ModelConfig, Params]:
@@ -76,9 +85,12 @@ def load_model(path: Path) -> tuple[ModelConfig, Params]:
     """
     config = read_config(path)
     with ocp.StandardCheckpointer() as checkpointer:
-        with _readable(path / WEIGHTS):
+        remedy = f"copy it again, or delete {path} and run its stage again"
+        with _readable(path / WEIGHTS, remedy):
             metadata = checkpointer.metadata((path / WEIGHTS).absolute())
             tree = getattr(metadata, "item_metadata", metadata)
+            if tree is None:
+                raise FileNotFoundError("what it holds is not said")
             abstract = {
                 name: np.empty((0,), leaf.dtype).dtype for name, leaf in tree.items()
             }
@@ -102,24 +114,43 @@ def copy_tokenizer(source: Path | None, target: Path) -> None:
 
 
 class RunCheckpoints:
-    """Checkpoints of one training run: state and position, the newest two kept."""
+    """Checkpoints of one training run: state and position, the newest two kept.
+
+    An old one is deleted only once its successor is complete, so the disk needs room for
+    three. Each holds 12 bytes per trained weight (the weight and Adam's two moments, in
+    float32), and while one is written every host keeps a copy of its share of them: 96 GB
+    in all for 8 billion weights, whatever the number of devices.
+    """
 
     def __init__(self, directory: Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        """Opens the folder; what a killed process left half-written is removed.
+
+        Raises:
+            UserError: The folder cannot be made.
+        """
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, create=True, cleanup_tmp_directories=True
+        )
         self._directory = directory
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        with self._writing():
+            self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def latest_step(self) -> int | None:
         """Returns the newest complete checkpoint's step; half-written ones are ignored."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
-        """Writes `state` (arrays) and `position` (JSON) in the background."""
+        """Writes `state` (arrays) and `position` (JSON) in the background.
+
+        Raises:
+            UserError: The checkpoint before could not be written.
+        """
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             position=ocp.args.JsonSave(dict(position)),
         )
-        self._manager.save(step, args=items, force=True)
+        with self._writing():
+            self._manager.save(step, args=items, force=True)
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """Returns what `save` wrote, with the shardings of `abstract_state`.
@@ -131,30 +162,31 @@ class RunCheckpoints:
             state=ocp.args.StandardRestore(abstract_state),
             position=ocp.args.JsonRestore(),
         )
-        with _readable(self._directory / str(step)):
+        remedy = "delete it to go on from the one before"
+        with _readable(self._directory / str(step), remedy):
             restored = self._manager.restore(step, args=items)
         return restored.state, restored.position
 
     def close(self) -> None:
-        """Waits for writes in the background."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for writes in the background.
 
+        Raises:
+            UserError: A checkpoint could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
 
-@contextlib.contextmanager
-def _complete_or_absent(path: Path) -> Iterator[Path]:
-    """Yields a hidden sibling that becomes `path` if the body succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tag = uuid.uuid4().hex[:8] if jax.process_count() == 1 else "partial"
-    partial = path.parent / f".{path.name}.{tag}"
-    partial.mkdir(exist_ok=True)
-    try:
-        yield partial
-        if jax.process_index() == 0:
-            os.replace(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            # Orbax counts the failed one too: what is there is what the disk holds.
+            steps = ocp.utils.checkpoint_steps(self._directory)
+            kept = f"after step {max(steps)}" if steps else "from the start"
+            with disk.writing(self._directory, f"the same command then goes on {kept}"):
+                raise
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -179,18 +211,24 @@ def read_config(path: Path) -> ModelConfig:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(path: Path, remedy: str) -> Iterator[None]:
     """Turns Orbax's many ways of failing on damaged files into one line."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError):  # A device or the host is full.
         raise
     except Exception as error:  # Orbax raises this very class for a missing chunk.
+        code = disk.system_error(error)
+        if code not in (None, errno.ENOENT):  # It may be whole: nothing to delete.
+            raise UserError(
+                f"checkpoint {path} cannot be read ({os.strerror(code)}); check the "
+                "disk and your rights"
+            ) from error
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = " ".join(str(cause).split())[:200]
         raise UserError(
             f"checkpoint {path} cannot be read ({type(cause).__name__}: {reason}); it is "
-            "damaged or half-written: delete it to go on from the one before"
+            f"damaged or half-written: {remedy}"
         ) from error

@@ -27,6 +27,7 @@ __all__ = [
 # about a second.
 Tokenizer: TypeAlias = Any
 _ROLES = get_args(Role)
+_ANY_OF = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _FILES = "tokenizer.json and tokenizer_config.json (or tokenizer.model)"
 
 
@@ -52,6 +53,11 @@ def load_tokenizer(
     if not is_folder and (Path(name).is_absolute() or name.startswith((".", "~"))):
         raise UserError(
             f"tokenizer folder {name} does not exist; give one with {_FILES}"
+        )
+    if is_folder and not any((Path(name) / file).is_file() for file in _ANY_OF):
+        raise UserError(
+            f"cannot load a tokenizer from folder {name}: there is none; copy {_FILES} of "
+            "its model into it"
         )
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers

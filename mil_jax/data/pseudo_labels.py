@@ -1,6 +1,6 @@
 """The teacher answers prompts; its answers are the data of stage 1 (paper Sec. 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from mil_jax.data.types import Conversation, Example
 from mil_jax.generate.decode import generate
 from mil_jax.generate.sampler import Sampling
 from mil_jax.models.decoder import HybridLM
+from mil_jax.progress import progress
 
 # Batches per shard. Prompts of one shard are answered in the order of their lengths, so that
 # rows of a batch need about as much padding and end about together.
@@ -25,6 +26,7 @@ def write(
     directory: Path,
     *,
     fingerprint: str,
+    inputs: Mapping[str, str] | None = None,
     batch_size: int,
     max_new_tokens: int,
     max_length: int,
@@ -43,6 +45,7 @@ def write(
         prompts: Chats that end in a user turn.
         directory: Of the records.
         fingerprint: Names all that the answers depend on.
+        inputs: As `RecordWriter` takes them.
         batch_size: Prompts answered together.
         max_new_tokens: Limit on an answer; one that reaches it ends without EOS.
         max_length: Of prompt and answer. A longer prompt is recorded without an answer,
@@ -52,15 +55,11 @@ def write(
     """
     shard_size = BATCHES_PER_SHARD * batch_size
     with RecordWriter(
-        directory, fingerprint=fingerprint, shard_size=shard_size
+        directory, fingerprint=fingerprint, shard_size=shard_size, inputs=inputs
     ) as writer:
         start = writer.num_written
-        bar = tqdm(
-            total=len(prompts),
-            initial=start,
-            desc="pseudo_labels",
-            unit="prompt",
-            dynamic_ncols=True,
+        bar = progress(
+            total=len(prompts), initial=start, desc="pseudo_labels", unit="prompt"
         )
         with bar:
             for first in range(start, len(prompts), shard_size):

@@ -5,11 +5,13 @@ A folder holds `shard-00000.array_record`, `shard-00001.array_record`, ... and
 once the manifest lists it, so a killed writer loses at most the shard it was filling.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, overload
@@ -18,6 +20,7 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from mil_jax import disk
 from mil_jax.config import from_config_dict
 from mil_jax.data.types import Example, Pair
 from mil_jax.errors import UserError
@@ -81,6 +84,7 @@ class Manifest:
         counts: Records per finished shard.
         complete: Whether the writer reached its end.
         version: Format of the manifest and the records.
+        inputs: Files that the records were made from, each with its content's digest.
     """
 
     kind: Kind
@@ -88,6 +92,7 @@ class Manifest:
     counts: tuple[int, ...] = ()
     complete: bool = False
     version: int = VERSION
+    inputs: tuple[tuple[str, ...], ...] = ()
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
@@ -147,6 +152,7 @@ class RecordWriter:
         fingerprint: str,
         kind: Kind = "example",
         shard_size: int = 1024,
+        inputs: Mapping[str, str] | None = None,
     ) -> None:
         """Opens a new folder or one that an earlier writer left.
 
@@ -156,26 +162,30 @@ class RecordWriter:
                 model, sampling settings); records of two fingerprints never mix.
             kind: Whether records are examples or pairs.
             shard_size: Records per shard, at most that many are lost in a crash.
+            inputs: Files that the records are made from, with their contents' digests.
 
         Raises:
-            UserError: The folder belongs to another fingerprint or kind, or holds other
-                files.
+            UserError: The folder belongs to another fingerprint, kind or content, holds other
+                files, or cannot be written to.
         """
         if shard_size < 1:
             raise ValueError(f"shard_size is {shard_size}; it must be at least 1")
         self._directory = Path(directory)
         self._shard_size = shard_size
         self._writer: ArrayRecordWriter | None = None
+        self._manifest: Manifest | None = None
         self._pending = 0
-        self._directory.mkdir(parents=True, exist_ok=True)
+        with disk.writing(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
+        new = Manifest(kind, fingerprint, inputs=tuple((inputs or {}).items()))
         has_manifest = (self._directory / MANIFEST).exists()
         if has_manifest and not holds_records(self._directory):
             # A writer that failed at its first record leaves the folder to anyone.
-            self._save(Manifest(kind, fingerprint))
+            self._save(new)
             self._temporary.unlink(missing_ok=True)
         elif has_manifest:
             self._manifest = read_manifest(self._directory)
-            self._check_same(fingerprint, kind)
+            self._check_same(new)
             self._temporary.unlink(missing_ok=True)
         elif leftover := [p.name for p in self._directory.glob("*.array_record")]:
             raise UserError(
@@ -183,16 +193,25 @@ class RecordWriter:
                 "choose an empty folder"
             )
         else:
-            self._save(Manifest(kind, fingerprint))
+            self._save(new)
 
-    def _check_same(self, fingerprint: str, kind: Kind) -> None:
+    def _check_same(self, new: Manifest) -> None:
         old = self._manifest
-        if (old.fingerprint, old.kind) != (fingerprint, kind):
+        if (old.fingerprint, old.kind) != (new.fingerprint, new.kind):
             raise UserError(
                 f"{self._directory} holds records of another run (kind {old.kind}, "
-                f"fingerprint {old.fingerprint}; this run: {kind}, {fingerprint}); "
-                "choose another folder or delete this one"
+                f"fingerprint {old.fingerprint}; this run: {new.kind}, "
+                f"{new.fingerprint}); choose another folder or delete this one"
             )
+        before, now = dict(old.inputs), dict(new.inputs)
+        for name in sorted(before.keys() | now.keys() if before else ()):
+            if before.get(name) != now.get(name):
+                what = "has changed" if name in before else "is new"
+                raise UserError(
+                    f"{name} {what if name in now else 'is gone'} since "
+                    f"{self._directory} was made of it; put the data back as it was, or "
+                    f"delete {self._directory.parent} to start over"
+                )
         for i in range(len(old.counts)):
             if not shard_path(self._directory, i).exists():
                 raise UserError(
@@ -203,7 +222,7 @@ class RecordWriter:
     @property
     def num_written(self) -> int:
         """Records that are safe on disk: the index at which the caller goes on."""
-        return sum(self._manifest.counts)
+        return sum(self._manifest.counts) if self._manifest else 0
 
     @property
     def is_complete(self) -> bool:
@@ -223,9 +242,10 @@ class RecordWriter:
         kind = "example" if isinstance(record, Example) else "pair"
         if kind != self._manifest.kind:
             raise ValueError(f"got a record of kind {kind}, not {self._manifest.kind}")
-        if self._writer is None:
-            self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")
-        self._writer.write(serialize(record))
+        with self._writing():
+            if self._writer is None:
+                self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")
+            self._writer.write(serialize(record))
         self._pending += 1
         if self._pending == self._shard_size:
             self.flush()
@@ -234,11 +254,12 @@ class RecordWriter:
         """Ends the current shard early, so that all records so far are safe on disk."""
         if self._writer is None:
             return
-        self._writer.close()
-        self._writer = None
-        _sync(self._temporary)
         counts = (*self._manifest.counts, self._pending)
-        os.replace(self._temporary, shard_path(self._directory, len(counts) - 1))
+        with self._writing():
+            self._writer.close()  # Some of a failed write is told here only.
+            self._writer = None
+            disk.sync(self._temporary)
+            os.replace(self._temporary, shard_path(self._directory, len(counts) - 1))
         self._save(dataclasses.replace(self._manifest, counts=counts))
         self._pending = 0
 
@@ -251,11 +272,16 @@ class RecordWriter:
     def _save(self, manifest: Manifest) -> None:
         temporary = self._directory / f"{MANIFEST}.tmp"
         text = json.dumps(dataclasses.asdict(manifest), indent=2) + "\n"
-        temporary.write_text(text, "utf-8")
-        _sync(temporary)
-        os.replace(temporary, self._directory / MANIFEST)
-        _sync(self._directory)
+        with self._writing():
+            temporary.write_text(text, "utf-8")
+            disk.sync(temporary)
+            os.replace(temporary, self._directory / MANIFEST)
+            disk.sync(self._directory)
         self._manifest = manifest
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        kept = f"the same command then goes on after record {self.num_written}"
+        return disk.writing(self._directory, kept)
 
     def __enter__(self) -> "RecordWriter":
         """Returns the writer."""
@@ -271,19 +297,11 @@ class RecordWriter:
         if kind is None:
             self.finish()
         elif self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(RuntimeError):  # The error that brought us here.
+                self._writer.close()
             self._writer = None
             self._pending = 0
             self._temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class RecordSource(Sequence[Record]):
@@ -313,7 +331,7 @@ class RecordSource(Sequence[Record]):
             raise UserError(
                 f"{directory} holds no records; check the input of its writer"
             )
-        paths = [shard_path(directory, i) for i in range(len(counts))]
+        self._paths = paths = [shard_path(directory, i) for i in range(len(counts))]
         for path in paths:
             if not path.exists():
                 raise UserError(f"{path} is missing; write the records again")
@@ -330,6 +348,14 @@ class RecordSource(Sequence[Record]):
                 f"{directory} holds {found} records but its manifest says "
                 f"{sum(counts)}; write the records again"
             )
+
+    def digest(self) -> str:
+        """Returns a digest of all records, to tell when they were made anew."""
+        total = hashlib.sha256()
+        for path in self._paths:
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()[:16]
 
     def __len__(self) -> int:
         """Number of records."""

@@ -44,14 +44,24 @@ def open_rows(name: str) -> Sequence[Rows]:
     """
     if name.startswith("tfds:"):
         return [_tfds(name)]
-    paths = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
-    if not paths:
-        raise UserError(f"no file matches {name!r}; check the path of the data")
+    paths = find_files(name)
     files = [_open_file(Path(path)) for path in paths]
     for path, rows in zip(paths, files, strict=True):
         if not len(rows):
             raise UserError(f"{path} holds no rows")
     return files
+
+
+def find_files(name: str) -> list[str]:
+    """Returns the files behind a path or a glob, in order.
+
+    Raises:
+        UserError: There is none.
+    """
+    paths = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
+    if not paths:
+        raise UserError(f"no file matches {name!r}; check the path of the data")
+    return paths
 
 
 def _open_file(path: Path) -> Rows:

@@ -21,13 +21,14 @@ malformed row raises `RowError`, a `UserError` that a caller may catch to skip t
 """
 
 import bisect
+import hashlib
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from mil_jax.data import demo_world
-from mil_jax.data.row_files import Row, RowError, Rows, open_rows
+from mil_jax.data.row_files import Row, RowError, Rows, find_files, open_rows
 from mil_jax.data.types import Conversation, Message
 from mil_jax.errors import UserError
 
@@ -84,6 +85,24 @@ def preference_pairs(spec: str) -> Sequence[Preference]:
     return _parts(spec, _demo_preference, _preference)
 
 
+def digests(spec: str) -> dict[str, str]:
+    """Returns a digest of each file's content, to tell when it was edited.
+
+    The demo's tasks and TFDS have versions instead, which their names stand for.
+
+    Raises:
+        UserError: A file is not there.
+    """
+    found = {}
+    for name in _names(spec):
+        if not name.startswith(("demo:", "tfds:")):
+            for path in find_files(name):
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256")
+                found[path] = digest.hexdigest()[:16]
+    return found
+
+
 class _Lazy(Sequence[T]):
     """A sequence whose entries are made when they are asked for."""
 
@@ -128,7 +147,7 @@ def _joined(parts: Sequence[Sequence[T]]) -> Sequence[T]:
 def _parts(
     spec: str, demo: Callable[[Any, int], T], parse: Callable[[Row], T]
 ) -> Sequence[T]:
-    names = [name.strip() for name in spec.split(",") if name.strip()]
+    names = _names(spec)
     if not names:
         raise UserError("the data spec is empty; give demo:SPLIT:START:COUNT or paths")
     parts: list[Sequence[T]] = []
@@ -138,6 +157,10 @@ def _parts(
         else:
             parts += [_parsed(rows, parse) for rows in open_rows(name)]
     return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def _names(spec: str) -> list[str]:
+    return [name.strip() for name in spec.split(",") if name.strip()]
 
 
 def _demo_part(name: str, make: Callable[[Any, int], T]) -> Sequence[T]:

@@ -9,6 +9,7 @@ Lines of the file are {"prompt": TEXT} or {"messages": [{"role": ..., "content":
 with an "id" if you like. Started again, the command goes on where it was stopped.
 """
 
+import functools
 import logging
 import os
 import sys
@@ -30,85 +31,56 @@ logger = logging.getLogger("mil_jax.generate")
 # Tokens (steps, with a draft) between two looks at an answer that is being printed.
 STREAM_BLOCK = 16
 
-_MODEL = flags.DEFINE_string(
-    "model", None, "Folder of a model or an export, hub id, or demo_teacher."
-)
-_DRAFT = flags.DEFINE_string("draft", None, "The same of a draft; default none.")
-_K = flags.DEFINE_string(
-    "k", "4", "Tokens that the draft proposes per step; auto: what pays best."
-)
-_PROMPT = flags.DEFINE_string("prompt", None, "Text to answer in the terminal.")
-_INPUT = flags.DEFINE_string("input", None, "JSON lines to answer.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSON lines with the answers.")
-_CHAT = flags.DEFINE_bool(
-    "chat", None, "Use the chat template; default if the tokenizer has one."
-)
-_SYSTEM = flags.DEFINE_string("system", None, "System message of chats without one.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Limit on an answer.")
-_MAX_LENGTH = flags.DEFINE_integer(
-    "max_length", None, "Limit on prompt and answer; default the model's."
-)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many; 0: from all.")
-_TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "Draw from the likeliest that reach this mass."
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 32, "Lines answered together.", lower_bound=1
-)
-_DTYPE = flags.DEFINE_enum(
-    "dtype",
-    "auto",
-    ["auto", "float32", "bfloat16"],
-    "auto: bfloat16 on a GPU, else float32.",
-)
-_STOP = flags.DEFINE_multi_string(
-    "stop", [], "End an answer before this text; may be given several times."
-)
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Declares what the command line may say."""
+    text, number, share, yes_no, choice, many = (
+        functools.partial(define, flag_values=values)
+        for define in (
+            flags.DEFINE_string,
+            flags.DEFINE_integer,
+            flags.DEFINE_float,
+            flags.DEFINE_bool,
+            flags.DEFINE_enum,
+            flags.DEFINE_multi_string,
+        )
+    )
+    text("model", None, "Folder of a model or an export, hub id, or demo_teacher.")
+    text("draft", None, "The same of a draft; default none.")
+    text("k", "4", "Tokens that the draft proposes per step; auto: what pays best.")
+    text("prompt", None, "Text to answer in the terminal.")
+    text("input", None, "JSON lines to answer.")
+    text("output", None, "JSON lines with the answers.")
+    yes_no("chat", None, "Use the chat template; default if the tokenizer has one.")
+    text("system", None, "System message of chats without one.")
+    number("max_new_tokens", 256, "Limit on an answer.")
+    number("max_length", None, "Limit on prompt and answer; default the model's.")
+    share("temperature", 0.0, "0 takes the likeliest token.")
+    number("top_k", 0, "Draw from so many; 0: from all.")
+    share("top_p", 1.0, "Draw from the likeliest that reach this mass.")
+    number("seed", 0, "Of the draws.", lower_bound=0)
+    number("batch_size", 32, "Lines answered together.", lower_bound=1)
+    dtypes = ["auto", "float32", "bfloat16"]
+    choice("dtype", "auto", dtypes, "auto: bfloat16 on a GPU, else float32.")
+    many("stop", [], "End an answer before this text; may be given several times.")
 
 
-def main(argv: Sequence[str]) -> None:
+def main(given: flags.FlagValues, argv: Sequence[str]) -> None:
     """Checks the flags and runs one of the two."""
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
-    if not _MODEL.value:
-        raise UserError("flag --model is missing; see --help")
-    if (_PROMPT.value is None) == (_INPUT.value is None):
-        raise UserError("give either --prompt or --input; see --help")
-    if (_INPUT.value is None) != (_OUTPUT.value is None):
-        raise UserError("--input and --output belong together; see --help")
-    if _K.present and _DRAFT.value is None:
-        raise UserError("--k needs --draft, which proposes the tokens")
+    del argv
+    _check(given)
     # What kernels run would be told in the middle of an answer.
     logging.getLogger("pallas_kernels").setLevel(logging.WARNING)
     # Imported here and below, so that --help and a wrong flag answer at once.
     import jax
 
-    from mil_jax.generate.plan import Options
-    from mil_jax.generate.sampler import Sampling
-
-    options = Options(
-        model=_MODEL.value,
-        draft=_DRAFT.value,
-        k=_number_or_auto(_K.value),
-        chat=_CHAT.value,
-        system=_SYSTEM.value,
-        max_new_tokens=_MAX_NEW_TOKENS.value,
-        max_length=_MAX_LENGTH.value,
-        sampling=Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value),
-        seed=_SEED.value,
-        dtype=_DTYPE.value,
-        stop=tuple(_STOP.value),
-    )
+    options = read_options(given)
     try:
-        if _PROMPT.value is not None:
-            answer_prompt(options, _PROMPT.value)
+        if given.prompt is not None:
+            answer_prompt(options, given.prompt)
             return
-        source, target = Path(_INPUT.value), Path(_OUTPUT.value)
-        num_errors = answer_file(options, source, target, _BATCH_SIZE.value)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        source, target = Path(given.input), Path(given.output)
+        num_errors = answer_file(options, source, target, given.batch_size)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -119,6 +91,41 @@ def main(argv: Sequence[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     sys.exit(1 if num_errors else 0)
+
+
+def _check(given: flags.FlagValues) -> None:
+    if not given.model:
+        raise UserError("flag --model is missing; see --help")
+    if (given.prompt is None) == (given.input is None):
+        raise UserError("give either --prompt or --input; see --help")
+    if (given.input is None) != (given.output is None):
+        raise UserError("--input and --output belong together; see --help")
+    if given["k"].present and given.draft is None:
+        raise UserError("--k needs --draft, which proposes the tokens")
+
+
+def read_options(given: flags.FlagValues) -> "Options":
+    """Returns what the flags say of the answers.
+
+    Raises:
+        UserError: A value is out of range.
+    """
+    from mil_jax.generate.plan import Options
+    from mil_jax.generate.sampler import Sampling
+
+    return Options(
+        model=given.model,
+        draft=given.draft,
+        k=_number_or_auto(given.k),
+        chat=given.chat,
+        system=given.system,
+        max_new_tokens=given.max_new_tokens,
+        max_length=given.max_length,
+        sampling=Sampling(given.temperature, given.top_k, given.top_p),
+        seed=given.seed,
+        dtype=given.dtype,
+        stop=tuple(given.stop),
+    )
 
 
 def _number_or_auto(text: str) -> int | str:
@@ -162,7 +169,7 @@ def answer_file(options: "Options", source: Path, target: Path, batch_size: int)
     done = files.answer_file(plan, engine.load, source, target, batch_size=batch_size)
     if done.engine is None:
         logger.info("%s was complete already", target)
-    else:
+    elif done.engine.speed.prompt_tokens:
         logger.info(done.engine.speed.line())
     if done.errors:
         text = "%d of %d lines of %s have an error instead of an answer"
@@ -171,4 +178,5 @@ def answer_file(options: "Options", source: Path, target: Path, batch_size: int)
 
 
 if __name__ == "__main__":
-    cli.run_app(main)
+    define_flags(flags.FLAGS)
+    cli.run_app(functools.partial(main, flags.FLAGS))

@@ -22,7 +22,8 @@ S = TypeVar("S")  # A state, plain or speculative.
 PROMPT_BUCKET = 32
 # Tokens of a batch that a prefill reads at a time, and the fewest and most of a row.
 CHUNK_TOKENS, MIN_CHUNK, MAX_CHUNK = 16384, 256, 2048
-# Between two questions to the host; each costs a gap between steps.
+# Steps that the device goes through before it asks the host whether all rows have ended,
+# which costs a gap; what it ran in excess is dropped.
 STEPS_PER_CHECK = 8
 
 
@@ -287,14 +288,8 @@ def _start(
     )
 
 
-@functools.partial(jax.jit, donate_argnames="state", static_argnames="steps_per_check")
-def advance(
-    model: HybridLM | Frozen,
-    state: State,
-    num_steps: int,
-    *,
-    steps_per_check: int = STEPS_PER_CHECK,
-) -> State:
+@functools.partial(jax.jit, donate_argnames="state")
+def advance(model: HybridLM | Frozen, state: State, num_steps: int) -> State:
     """Decodes up to `num_steps` more tokens per row; rows that have ended stay.
 
     One program serves every `num_steps`, and one call is one round trip to the device.
@@ -303,15 +298,13 @@ def advance(
         model: The model that `state` was started with.
         state: Consumed: its buffers are used again, so take the returned one.
         num_steps: Less are done where all rows end before.
-        steps_per_check: The device goes through so many before it asks the host whether all
-            is done; what it ran in excess is dropped.
     """
     end = state.step + num_steps
     step = functools.partial(_step, thaw(model), end)
     return jax.lax.while_loop(
         lambda state: (state.step < end) & ~jnp.all(state.done),
         lambda state: jax.lax.fori_loop(
-            0, steps_per_check, lambda _, state: step(state), state
+            0, STEPS_PER_CHECK, lambda _, state: step(state), state
         ),
         state,
     )

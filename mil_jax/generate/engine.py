@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from mil_jax.models import decoder
 from mil_jax.models.decoder import HybridLM
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 # A character's bytes that may have been decoded before its last, and the EOS behind them.
 _LONGEST_TAIL = 4
@@ -262,6 +264,7 @@ def _watch_compilation() -> list[float]:
 def load(plan: Plan) -> Engine:
     """Returns the models of a plan on the default device."""
     compute = ComputeConfig(dtype=plan.dtype, param_dtype=plan.dtype, layout="decode")
+    logger.info("reading %s; the first answer waits for compilation", plan.folder)
 
     def build(folder: Path) -> HybridLM:
         checkpoint = models.load(folder)

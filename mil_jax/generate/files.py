@@ -1,7 +1,6 @@
 """Prompts of a JSON-lines file, answered into another one that survives a kill."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -13,10 +12,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from mil_jax import disk
 from mil_jax.data.row_files import JsonLines, RowError
 from mil_jax.errors import UserError
 from mil_jax.generate.engine import Engine
 from mil_jax.generate.plan import FORMS, Plan, request_of
+from mil_jax.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -65,20 +66,18 @@ def answer_file(
         UserError: A file cannot be read or written, or `target` is of other options.
     """
     rows = _open_source(source)
+    if target.exists() and target.samefile(source):
+        raise UserError(f"{target} is the input; choose another --output")
     batch_size = min(batch_size, len(rows))
     with _Records.open(target, _settings(plan, source)) as records:
         if records.count > len(rows):
             raise UserError(f"{target} has more lines than {source}; remove it")
         engine = None if records.count == len(rows) else load(plan)
-        bar = tqdm(
-            total=len(rows),
-            initial=records.count,
-            desc="generate",
-            unit="prompt",
-            dynamic_ncols=True,
+        bar = progress(
+            total=len(rows), initial=records.count, desc="generate", unit="prompt"
         )
         size = BATCHES_PER_CHUNK * batch_size
-        with bar:
+        with bar, _told_on_stop(records, len(rows)):
             while records.count < len(rows):
                 # A chunk that was written in part is answered as a whole once more, so that
                 # its batches are the same.
@@ -91,11 +90,23 @@ def answer_file(
         return Outcome(records.count, records.errors, engine)
 
 
+@contextlib.contextmanager
+def _told_on_stop(records: "_Records", total: int) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        text = "%s holds %d of %d lines; the same command goes on from there"
+        logger.warning(text, records.path, records.count, total)
+        raise
+
+
 def _open_source(path: Path) -> JsonLines:
     try:
         rows = JsonLines(path)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; give a file of JSON lines"
+        ) from error
     if not len(rows):
         raise UserError(f"{path} holds no lines; give {FORMS} in each")
     return rows
@@ -167,23 +178,22 @@ class _Records:
     """The output file and how far it has come."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
-        self._path, self._file = path, file
+        self.path, self._file = path, file
         self.count = self.errors = 0
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path, settings: Mapping[str, Any]) -> Iterator["_Records"]:
         """Yields the file, ready to go on after its last whole line."""
-        try:
+        with disk.writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a+b")
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"another run is writing {path}; wait for it") from None
+        if not path.is_file():  # Reading a device might never end.
+            raise UserError(f"{path} is not a plain file; choose another --output")
+        with contextlib.ExitStack() as stack:
+            stack.callback(_close, file)
+            if not disk.try_lock(file.fileno()):
+                raise UserError(f"another run is writing {path}; wait for it")
             is_begun = os.fstat(file.fileno()).st_size > 0
             _check_settings(path, settings, is_begun)
             records = cls(path, file)
@@ -199,7 +209,7 @@ class _Records:
             if record is None:
                 if self._file.read(1):
                     raise UserError(
-                        f"{self._path}, line {number} is damaged; remove the file to "
+                        f"{self.path}, line {number} is damaged; remove the file to "
                         "start over"
                     )
                 self._file.truncate(whole)
@@ -211,16 +221,19 @@ class _Records:
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Writes records; they are on disk when it returns."""
         data = b"".join(_line(record) for record in records)
-        try:
+        then = f"the same command then goes on after line {self.count}"
+        with disk.writing(self.path, then):
             self._file.write(data)
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self._path}: {error.strerror}; the same command goes on"
-            ) from error
         self.count += len(records)
         self.errors += sum("error" in record for record in records)
+
+
+def _close(file: BinaryIO) -> None:
+    # All is on disk but what a failed write left in the buffer.
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -280,15 +293,16 @@ def _check_settings(path: Path, settings: Mapping[str, Any], is_begun: bool) -> 
     beside = path.with_name(path.name + ".options.json")
     if not is_begun:
         partial = beside.with_name(beside.name + ".partial")
-        partial.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-        os.replace(partial, beside)
+        with disk.writing(beside):
+            partial.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+            os.replace(partial, beside)
         return
     try:
         before = json.loads(beside.read_text("utf-8"))
     except (OSError, ValueError):
         raise UserError(
             f"{path} exists and {beside.name} does not say how it was made; choose "
-            "another --output, or remove it"
+            "another --output"
         ) from None
     for key, value in settings.items():
         if before.get(key) != value:

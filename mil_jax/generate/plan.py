@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -63,6 +64,12 @@ class Options:
             if value != may_be and not (isinstance(value, int) and value >= 1):
                 also = f' or "{AUTO}"' if name == "k" else ""
                 raise UserError(f"{name} is {value}; it must be at least 1{also}")
+        if not math.isfinite(self.sampling.temperature):
+            raise UserError(
+                f"temperature is {self.sampling.temperature}; it must be finite"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; it must be from 0 to {2**32 - 1}")
         if "" in self.stop:
             raise UserError("a stop string is empty; give at least one character")
         if self.chat is False and self.system is not None:
@@ -153,7 +160,8 @@ class Plan:
                 raise UserError(
                     f"the prompt has {tokens.size} tokens; with "
                     f"{self.options.max_new_tokens} new ones (max_new_tokens) that "
-                    f"exceeds {name}, {limit}"
+                    f"exceeds {name}, {limit}; "
+                    + ("ask for fewer" if tokens.size < limit else "shorten the prompt")
                 )
 
 

@@ -231,11 +231,13 @@ def check_models(target: ModelConfig, draft: ModelConfig, k: int) -> None:
             f"{target.vocab_size}; both must use the same vocabulary"
         )
     if k < 1:
-        raise UserError(f"k is {k}; speculation needs at least one draft token")
-    if k > MAX_K and (target.is_hybrid or draft.is_hybrid):
         raise UserError(
-            f"k is {k}; state-space layers take at most {MAX_K} draft tokens a step"
+            f"k is {k}; speculation needs at least one draft token, and plain decoding "
+            "no draft"
         )
+    # State-space layers take no more, and longer steps gain nothing with attention either.
+    if k > MAX_K:
+        raise UserError(f"k is {k}; at most {MAX_K} tokens are drafted a step")
 
 
 def completions(state: State) -> Completions:

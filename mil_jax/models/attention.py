@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -10,7 +11,11 @@ from mil_jax.config import ComputeConfig, ModelConfig
 from mil_jax.models import rope
 from mil_jax.models.cache import KVCache, write_rows
 from mil_jax.models.layers import Linear, RMSNorm, pack, project
-from pallas_kernels.cached_attention import cached_attention, rotate_and_append
+from pallas_kernels.cached_attention import (
+    cached_attention,
+    rotate_and_append,
+    rotation,
+)
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -87,16 +92,12 @@ class Attention(nnx.Module):
                 q, new_k, new_v = new
                 k, v = write_rows(k, new_k, lengths), write_rows(v, new_v, lengths)
             else:
-                angles = rope.inverse_frequencies(
-                    c.head_dim, c.rope_theta, c.rope_scaling
-                )
-                q, k, v = rotate_and_append(new, k, v, lengths, angles)
+                q, k, v = rotate_and_append(new, k, v, lengths, self._frequencies())
             window = c.sliding_window
             return cached_attention(q, k, v, lengths, sliding_window=window), k, v
 
         if c.qk_norm:
-            step = jnp.arange(u.shape[1], dtype=jnp.int32)
-            new = self._project(u, lengths[:, None] + step[None])
+            new = self._project(u, rotation.next_positions(lengths, u.shape[1]))
         else:
             new = jnp.concatenate(project(self, QKV, u), axis=-1)
         # The compiler has no rule for splitting a kernel: it would gather the caches.
@@ -116,9 +117,13 @@ class Attention(nnx.Module):
         )
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        frequencies = rope.inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        q, k = (rope.rotate(a, positions, frequencies) for a in (q, k))
+        angles = rotation.cos_and_sin(positions, self._frequencies())
+        q, k = (rotation.rotate(a, *angles) for a in (q, k))
         return q, k, v
+
+    def _frequencies(self) -> np.ndarray:
+        c = self.config
+        return rope.inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
 
     def _output(self, out: Float[Array, "B L H P"]) -> Float[Array, "B L D"]:
         return self.o_proj(out.reshape(*out.shape[:2], -1))

@@ -519,20 +519,15 @@ class Blueprint:
     state: nnx.State  # abstract, for structure and metadata
 
     @classmethod
-    def create(
-        cls, config: ModelConfig, compute: ComputeConfig, *, period: int | None = None
-    ) -> "Blueprint":
+    def create(cls, config: ModelConfig, compute: ComputeConfig) -> "Blueprint":
         """Traces the model's structure; no weight is allocated.
 
         Args:
             config: Architecture.
             compute: How to run.
-            period: Layers per scanned turn; default the smallest that fits, or all layers
-                if `compute.is_scanned` is False.
         """
-        if period is None:
-            scanned = find_period(config.layer_types)
-            period = scanned if compute.is_scanned else config.n_layers
+        scanned = find_period(config.layer_types)
+        period = scanned if compute.is_scanned else config.n_layers
         abstract = nnx.eval_shape(
             lambda: HybridLM(config, compute, period, rngs=nnx.Rngs(0))
         )

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from mil_jax import sharding
 from mil_jax.config import ComputeConfig
 from pallas_kernels.multi_step.columns import Columns
+from pallas_kernels.norms import rms_norm
 from pallas_kernels.residual_norm.api import residual_norm
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
@@ -274,16 +275,3 @@ class RMSNorm(nnx.Module):
             return residual_norm(*rows, scale, eps=self.eps)
 
         return sharding.by_rows(run, self.scale[...], (x, delta))
-
-
-def rms_norm(
-    x: Float[Array, "*B D"], scale: Float[Array, "..."], eps: float
-) -> Float[Array, "*B D"]:
-    """Returns `x / sqrt(mean(x^2) + eps) * scale` in the dtype of `x`.
-
-    As Llama does, the normalised value is rounded to the dtype of `x` before it is scaled.
-    """
-    x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    normed = (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
-    return normed * jnp.broadcast_to(scale.astype(x.dtype), x.shape)

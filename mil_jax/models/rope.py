@@ -1,10 +1,10 @@
-"""Rotary position embedding (Su et al., 2021) in the half-split form of Llama."""
+"""Positions of tokens and the frequencies of their rotary embedding."""
 
 import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from mil_jax.config import RopeScaling
 
@@ -28,19 +28,6 @@ def inverse_frequencies(
     keep = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
     blended = (1 - keep) * frequencies / scaling.factor + keep * frequencies
     return blended.astype(np.float32)
-
-
-def rotate(
-    x: Float[Array, "B L H P"],
-    positions: Int[Array, "B L"],
-    frequencies: np.ndarray,
-) -> Float[Array, "B L H P"]:
-    """Rotates pairs (i, i + P/2) of every head by `position * frequency`, in float32."""
-    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def segment_positions(segment_ids: Int[Array, "B L"]) -> Int[Array, "B L"]:

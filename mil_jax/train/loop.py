@@ -1,9 +1,11 @@
 """The training loop: data in, steps, logs and checkpoints out. The only one."""
 
+import contextlib
 import csv
 import dataclasses
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -16,13 +18,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
-from mil_jax import sharding
+from mil_jax import disk, sharding
 from mil_jax.checkpoint.orbax_io import RunCheckpoints
 from mil_jax.errors import UserError
 from mil_jax.models.decoder import Blueprint
+from mil_jax.progress import progress
 from mil_jax.train import state as state_lib
 from mil_jax.train.state import TrainState, Weights
 from mil_jax.train.step import TrainStep
@@ -31,6 +36,8 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.csv"
 CHECKPOINTS = "checkpoints"
+# At most so much of the events is lost by a kill.
+_FLUSH_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +53,8 @@ class Loop:
         num_steps: Where to stop.
         checkpoint_every: Steps between checkpoints; the last step always writes one.
         mesh: Devices.
+        data: Digest of what the batches are made of; a checkpoint holds it, so that a run
+            does not go on over other data.
     """
 
     name: str
@@ -56,6 +65,7 @@ class Loop:
     num_steps: int
     checkpoint_every: int
     mesh: Mesh
+    data: str = ""
 
     def run(
         self, state: TrainState, frozen: Weights, teacher: Weights | None
@@ -65,7 +75,7 @@ class Loop:
         Raises:
             UserError: The loss or a gradient is not finite; names step and batch. Nothing
                 after the last finite step is saved.
-            SystemExit: SIGTERM came; a checkpoint was written first.
+            SystemExit: SIGTERM or Ctrl-C came; a checkpoint was written first.
         """
         checkpoints = RunCheckpoints(self.folder / CHECKPOINTS)
         try:
@@ -73,7 +83,7 @@ class Loop:
             with (
                 _Logs(self.folder, start) as logs,
                 self._progress(start) as bar,
-                _Interrupt() as interrupt,
+                _Interrupt(self.name) as interrupt,
             ):
                 return self._steps(
                     state, frozen, teacher, start, checkpoints, logs, bar, interrupt
@@ -108,7 +118,8 @@ class Loop:
                 self._report(*waiting, logs, bar)
                 waiting = None
                 on_disk = state_lib.to_disk(self.blueprint, state)
-                checkpoints.save(done, on_disk, {"step": done})
+                position = {"step": done, "data": self.data}
+                checkpoints.save(done, on_disk, position)
                 last_saved = done
             if is_stopped:
                 checkpoints.close()
@@ -129,6 +140,11 @@ class Loop:
             state_lib.to_disk(self.blueprint, state),
         )
         on_disk, position = checkpoints.restore(step, abstract)
+        if position.get("data", self.data) != self.data:
+            raise UserError(
+                f"{self.folder / CHECKPOINTS} was trained on other records than the stage "
+                f"has now: put those back, or delete {self.folder} to start over"
+            )
         log.info("%s: continuing after step %d", self.name, step)
         return state_lib.from_disk(self.blueprint, on_disk, state), position["step"]
 
@@ -162,43 +178,52 @@ class Loop:
                     ": lower optimizer.lr or look at that batch"
                 )
         rate = logs.write(step, values, size)
-        bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:,.0f} tok/s")
+        text = f"loss {values['loss']:.4f}, {rate:,.0f} tok/s"
+        bar.set_postfix_str(text, refresh=False)
         bar.update()
 
     def _progress(self, start: int) -> tqdm:
-        return tqdm(
+        return progress(
             total=self.num_steps,
             initial=start,
             desc=self.name,
             unit="step",
-            dynamic_ncols=True,
             disable=jax.process_index() != 0,
         )
 
 
 class _Logs:
-    """Every scalar of every step: metrics.csv and TensorBoard events, by one process."""
+    """Every scalar of every step: metrics.csv and TensorBoard events, by one process.
+
+    Both are written by the caller's thread: tensorboardX's own dies of a full disk, and
+    whoever goes on feeding it waits for ever.
+    """
 
     def __init__(self, folder: Path, start: int):
         self._path = folder / METRICS_FILE
         self._start = start
-        self._board = (
-            SummaryWriter(str(folder / "tensorboard"), purge_step=start)
-            if jax.process_index() == 0
-            else None
-        )
+        self._board: EventsWriter | None = None
         self._file: Any = None
         self._writer: csv.DictWriter | None = None
-        self._clock = time.perf_counter()
+        self._clock = self._flushed = time.perf_counter()
+        if jax.process_index() != 0:
+            return
+        with disk.writing(folder):
+            events = folder / "tensorboard"
+            events.mkdir(exist_ok=True)
+            self._board = EventsWriter(str(events / "events"))
+            # Events behind the checkpoint are those of steps that are done again.
+            begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add_event(start, session_log=begin)
 
     def __enter__(self) -> "_Logs":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._board:
-            self._board.close()
-        if self._file:
-            self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # What is still buffered fails once more where a write has failed.
+        for file in filter(None, (self._board, self._file)):
+            with contextlib.suppress(OSError) if kind else disk.writing(self._path):
+                file.close()
 
     def write(self, step: int, values: Mapping[str, float], tokens: int) -> float:
         """Writes one step; returns its tokens per second, padding included."""
@@ -207,14 +232,22 @@ class _Logs:
         row = {"step": step, **values, "tok_s": tokens / seconds, "seconds": seconds}
         if self._board is None:
             return tokens / seconds
-        if self._writer is None:
-            self._open(list(row))
-        self._writer.writerow(row)
-        self._file.flush()
-        for name, value in row.items():
-            if name != "step":
-                self._board.add_scalar(name, value, step)
+        with disk.writing(self._path, "the same command goes on from its checkpoint"):
+            if self._writer is None:
+                self._open(list(row))
+            self._writer.writerow(row)
+            self._file.flush()
+            for name, value in row.items():
+                if name != "step":
+                    self._add_event(step, summary=summary.scalar(name, value))
+            if now - self._flushed > _FLUSH_SECONDS:
+                self._flushed = now
+                self._board.flush()
         return tokens / seconds
+
+    def _add_event(self, step: int, **content: Any) -> None:
+        event = event_pb2.Event(wall_time=time.time(), step=step, **content)
+        self._board.write_event(event)
 
     def _open(self, columns: list[str]) -> None:
         """Opens the file; rows that a resumed run will write again are dropped."""
@@ -243,28 +276,31 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class _Interrupt:
-    """Turns SIGTERM (a cluster's preemption) into a request to stop after a checkpoint.
+    """Turns SIGTERM (a cluster's preemption) and Ctrl-C into a stop after a checkpoint.
 
     Several processes must stop after the same step, which JAX's preemption service settles;
-    it has its own handler of the signal.
+    it has its own handler of SIGTERM.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._requested = False
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Interrupt":
         if jax.process_count() > 1:
             return self
-        try:
-            self._before = signal.signal(signal.SIGTERM, self._request)
-        except ValueError:  # Not the main thread: the caller keeps its own handling.
-            self._before = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) == signal.SIG_IGN:  # As nohup does.
+                continue
+            # Not in the main thread: the caller keeps its own handling.
+            with contextlib.suppress(ValueError):
+                self._before[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def is_stopped(self, step: int) -> bool:
         """Returns whether to stop after `step`, the same on all processes."""
@@ -273,5 +309,12 @@ class _Interrupt:
         return self._requested
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
-        del signum, frame
+        del frame
+        if self._requested and signum == signal.SIGINT:
+            raise KeyboardInterrupt
         self._requested = True
+        text = f"\n{self._name}: stopping after this step"
+        if signum == signal.SIGINT:
+            text += "; Ctrl-C once more stops at once, without a checkpoint"
+        # Unbuffered: the signal may have come in the middle of a print.
+        os.write(2, f"{text}\n".encode())

@@ -10,6 +10,7 @@ export, evaluate         of the newest model
 """
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -19,14 +20,13 @@ import grain
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tqdm import tqdm
 
+from mil_jax import disk, sharding, surgery
 from mil_jax import evaluate as evaluation
-from mil_jax import sharding, surgery
 from mil_jax.array_types import Params
 from mil_jax.checkpoint import hf_export, models, orbax_io
 from mil_jax.checkpoint.hf_import import Checkpoint
-from mil_jax.config import ModelConfig, RunConfig
+from mil_jax.config import ComputeConfig, ModelConfig, RunConfig
 from mil_jax.data import pipeline, pseudo_labels, sources
 from mil_jax.data.chat import (
     Example,
@@ -42,6 +42,7 @@ from mil_jax.generate import draft_vocab
 from mil_jax.generate.sampler import Sampling
 from mil_jax.models import decoder
 from mil_jax.models.decoder import Blueprint, HybridLM
+from mil_jax.progress import progress
 from mil_jax.train import state as state_lib
 from mil_jax.train.loop import Loop
 from mil_jax.train.step import (
@@ -78,13 +79,25 @@ def run_stage(config: RunConfig, workdir: str | Path) -> Path:
     Raises:
         UserError: The config or its inputs are wrong, or the folder belongs to another one.
     """
-    mesh = config.mesh
-    run = Run(
-        config,
-        Workdir(Path(workdir)),
-        sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor),
-    )
-    return STAGES[config.stage.name](run)
+    _check_device(config.compute)
+    sizes = config.mesh
+    mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+    with Workdir(Path(workdir)) as folders:
+        return STAGES[config.stage.name](Run(config, folders, mesh))
+
+
+def _check_device(compute: ComputeConfig) -> None:
+    """Finds an implementation that is not for this device before there is any work."""
+    device = jax.default_backend()
+    for key, value in (
+        ("implementation", "pallas_triton"),
+        ("attention", "cudnn"),
+    ):
+        if getattr(compute, key) == value and device != "gpu":
+            raise UserError(
+                f"compute.{key} is {value!r}, which needs an NVIDIA GPU, and this is a "
+                f"{device}; auto takes what runs here"
+            )
 
 
 def _pretrain(run: Run) -> Path:
@@ -134,6 +147,7 @@ def _pseudo_labels(run: Run) -> Path:
             [config.teacher, config.data.prompts, stage.max_new_tokens, stage.length]
             + [*dataclasses.astuple(sampling), config.seed]
         ),
+        inputs=sources.digests(spec),
         batch_size=stage.batch_size,
         max_new_tokens=stage.max_new_tokens,
         max_length=stage.length,
@@ -254,25 +268,27 @@ def _draft(run: Run) -> Path:
         data = RecordSource(run.workdir.labels(config))
     else:
         data = _conversations(run, folder, tokenizer)
-    path = _train(run, "draft", folder, start, data, tokenizer)
-    if stage.draft_vocab_size and draft_vocab.load(path) is None:
-        _save_draft_vocab(run, path, data, shrunk)
+    if not stage.draft_vocab_size:
+        return _train(run, "draft", folder, start, data, tokenizer)
+    add = functools.partial(_save_draft_vocab, run, data, shrunk)
+    path = _train(run, "draft", folder, start, data, tokenizer, add)
+    if jax.process_index() == 0 and draft_vocab.load(path) is None:
+        add(path)  # Somebody removed it.
     return path
 
 
 def _save_draft_vocab(
-    run: Run, path: Path, data: RecordSource, config: ModelConfig
+    run: Run, data: RecordSource, config: ModelConfig, path: Path
 ) -> None:
     """Stores beside the model the tokens that the draft may propose."""
-    if jax.process_index() == 0:
-        answers = (record.tokens[record.loss_mask] for record in data)
-        counts = draft_vocab.count(answers, config.vocab_size)
-        ids = draft_vocab.choose(
-            counts, run.config.stage.draft_vocab_size, config.eos_token_ids
-        )
-        draft_vocab.save(path, ids)
-        share = 100 * counts[ids].sum() / max(counts.sum(), 1)
-        log.info("draft proposes %d tokens: %.2f%% of answers", len(ids), share)
+    answers = (record.tokens[record.loss_mask] for record in data)
+    counts = draft_vocab.count(answers, config.vocab_size)
+    ids = draft_vocab.choose(
+        counts, run.config.stage.draft_vocab_size, config.eos_token_ids
+    )
+    draft_vocab.save(path, ids)
+    share = 100 * counts[ids].sum() / max(counts.sum(), 1)
+    log.info("draft proposes %d tokens: %.2f%% of answers", len(ids), share)
 
 
 def _export(run: Run) -> Path:
@@ -311,7 +327,8 @@ def _evaluate(run: Run) -> Path:
     folder = run.workdir.stage("evaluate")
     folder.mkdir(parents=True, exist_ok=True)
     result = {"model": str(path), "data": spec, **dataclasses.asdict(scores)}
-    (folder / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
+    with disk.writing(folder):
+        (folder / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
     log.info("%s", result)
     return folder
 
@@ -344,8 +361,12 @@ def _train(
     start: Checkpoint,
     data: RecordSource,
     tokenizer: Tokenizer,
+    add: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Trains `start` as the stage says and saves the result; returns its folder."""
+    """Trains `start` as the stage says and saves the result; returns its folder.
+
+    `add` writes what else belongs to the model, before its folder has its name.
+    """
     if path := _finished(run, name):
         return path
     path = run.workdir.model(name)
@@ -380,17 +401,27 @@ def _train(
         num_steps=num_steps,
         checkpoint_every=stage.checkpoint_every,
         mesh=run.mesh,
+        data=data.digest(),
     )
     state = loop.run(state, frozen, teacher)
     weights = {
         key: value.astype(blueprint.storage_dtype(key))
         for key, value in (frozen | state.trainable).items()
     }
+
+    def complete(folder: Path) -> None:
+        if run.config.tokenizer:  # The one that the model was trained with.
+            tokenizer.save_pretrained(folder)
+        if add is not None:
+            add(folder)
+
     orbax_io.save_model(
-        path, start.config, blueprint.unstack(weights), assets_from=start.source
+        path,
+        start.config,
+        blueprint.unstack(weights),
+        assets_from=start.source,
+        add=complete,
     )
-    if run.config.tokenizer and jax.process_index() == 0:
-        tokenizer.save_pretrained(path)  # The one that the model was trained with.
     return path
 
 
@@ -487,10 +518,14 @@ def _records(
     directory = folder / DATA
     if jax.process_index() == 0:
         fingerprint = json.dumps([spec, run.config.tokenizer or run.config.teacher])
-        with RecordWriter(directory, fingerprint=fingerprint, kind=kind) as writer:
+        inputs = sources.digests(spec)
+        with RecordWriter(
+            directory, fingerprint=fingerprint, kind=kind, inputs=inputs
+        ) as writer:
             if not writer.is_complete:
                 skip = writer.num_written
-                for i, record in enumerate(tqdm(encoded, "tokenize", total)):
+                bar = progress(encoded, desc="tokenize", total=total, unit="record")
+                for i, record in enumerate(bar):
                     if i >= skip:
                         writer.write(record)
     if jax.process_count() > 1:

@@ -1,5 +1,6 @@
 """A run's folder: which config it belongs to, and where stages find each other's models."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 
+from mil_jax import disk
 from mil_jax.checkpoint import orbax_io
 from mil_jax.config import RunConfig
 from mil_jax.data.records import holds_records
@@ -15,6 +17,7 @@ from mil_jax.errors import UserError
 CONFIG_FILE = "config.json"
 # Records of a stage, in its folder.
 DATA = "data"
+_LOCK = ".lock"
 
 # May differ between a run and its continuation: none changes what is computed.
 _FREE = {
@@ -29,6 +32,33 @@ _FREE = {
     ("stage", "loss_chunk"),
 }
 
+_TRAINING = ("pretrain", "distill", "sft", "dpo", "draft")
+# Stages that read a key; one that is not here is read by all.
+_READ_BY = {
+    ("architecture",): ("pretrain",),
+    ("conversion",): ("distill",),
+    ("teacher",): ("pseudo_labels", "distill", "sft", "dpo", "draft"),
+    ("data", "prompts"): ("pseudo_labels",),
+    ("data", "conversations"): ("pretrain", "sft", "draft"),
+    ("data", "preferences"): ("dpo",),
+    ("data", "evaluation"): (),
+    ("data", "labels"): ("distill", "draft"),
+    ("stage", "start_from"): ("distill", "sft", "dpo", "draft"),
+    **{
+        ("stage", key): stages
+        for keys, stages in {
+            "temperature top_k top_p max_new_tokens": ("pseudo_labels",),
+            "optimizer accumulate epochs max_steps trainable loss_on": _TRAINING,
+            "packed ce_weight kl_weight kl_reduction": tuple(
+                name for name in _TRAINING if name != "dpo"
+            ),
+            "max_prompt_length dpo_beta reference": ("dpo",),
+            "draft_layers draft_depth draft_vocab_size target records": ("draft",),
+        }.items()
+        for key in keys.split()
+    },
+}
+
 # What a stage continues by default.
 PREVIOUS = {"sft": "distill", "dpo": "sft"}
 # The order in which export and evaluate look for the newest model.
@@ -40,6 +70,15 @@ class Workdir:
 
     def __init__(self, path: Path):
         self.path = path.expanduser()
+        self._claims = contextlib.ExitStack()
+
+    def __enter__(self) -> "Workdir":
+        """Returns the workdir."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets other processes have what was claimed."""
+        self._claims.close()
 
     def stage(self, name: str) -> Path:
         """Returns the folder of a stage."""
@@ -57,10 +96,12 @@ class Workdir:
     def claim(self, name: str, config: RunConfig) -> Path:
         """Returns the stage's folder after checking that it belongs to `config`.
 
-        A folder that holds no work yet may be claimed by any config.
+        A folder that holds no work yet may be claimed by any config. Until this object is
+        closed, no other process gets it.
 
         Raises:
-            UserError: The folder holds work of another config, or cannot be made.
+            UserError: The folder holds work of another config, cannot be made, or another
+                process works in it.
         """
         folder = self.stage(name)
         try:
@@ -72,14 +113,15 @@ class Workdir:
             ) from None
         if jax.process_index() != 0:  # One process checks and writes for all.
             return folder
+        self._lock(folder)
         file = folder / CONFIG_FILE
-        wanted = _binding(dataclasses.asdict(config))
-        wanted = json.loads(json.dumps(wanted))
+        wanted = json.loads(json.dumps(dataclasses.asdict(config)))
         has_work = any(map(_is_work, folder.iterdir()))
         if not (has_work and file.exists()):
             partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(wanted, indent=2) + "\n")
-            partial.replace(file)
+            with disk.writing(file):
+                partial.write_text(json.dumps(wanted, indent=2) + "\n")
+                partial.replace(file)
             return folder
         try:
             found = json.loads(file.read_text())
@@ -87,13 +129,24 @@ class Workdir:
             raise UserError(
                 f"{file} is damaged; delete the folder {folder} to start the stage again"
             ) from None
-        if difference := _first_difference(found, wanted):
+        difference = _first_difference(_binding(found, name), _binding(wanted, name))
+        if difference:
             key, old, new = difference
             raise UserError(
                 f"{folder} holds work of another config: {key} was {old!r}, now {new!r}; "
                 "choose another --workdir, or delete that folder to start over"
             )
         return folder
+
+    def _lock(self, folder: Path) -> None:
+        """Keeps other processes out of a stage's folder."""
+        with disk.writing(folder):
+            file = self._claims.enter_context((folder / _LOCK).open("a"))
+        if not disk.try_lock(file.fileno()):
+            raise UserError(
+                f"another process works in {folder}; wait for it, or choose another "
+                "--workdir"
+            )
 
     def labels(self, config: RunConfig) -> Path:
         """Returns the folder of the pseudo-labels that a stage trains on.
@@ -170,7 +223,7 @@ def _is_work(entry: Path) -> bool:
     """Returns whether something in a stage's folder would be lost or mixed up."""
     if entry.name == DATA and entry.is_dir():
         return holds_records(entry)
-    return entry.name != CONFIG_FILE
+    return entry.name not in (CONFIG_FILE, _LOCK)
 
 
 def _label_keys(config: dict[str, Any]) -> dict[str, Any]:
@@ -181,14 +234,14 @@ def _label_keys(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _binding(values: Any, path: tuple[str, ...] = ()) -> Any:
-    """Returns the config without the keys that may change between runs."""
+def _binding(values: Any, stage: str, path: tuple[str, ...] = ()) -> Any:
+    """Returns the config without the keys that may change between runs of a stage."""
     if not isinstance(values, dict):
         return values
     return {
-        key: _binding(value, (*path, key))
+        key: _binding(value, stage, (*path, key))
         for key, value in values.items()
-        if (*path, key) not in _FREE
+        if (*path, key) not in _FREE and stage in _READ_BY.get((*path, key), (stage,))
     }
 
 

@@ -1,6 +1,6 @@
 """Attention to a cache: validation and choice of implementation."""
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.cached_attention import pallas_triton, reference, xla
@@ -24,7 +24,6 @@ def cached_attention(
     lengths: Int[Array, " B"],
     *,
     sliding_window: int | None = None,
-    is_active: Bool[Array, " B"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T H P"]:
     """Returns causal grouped-query attention of T new tokens to a cache that holds them.
@@ -43,8 +42,6 @@ def cached_attention(
       lengths: Tokens of each row before the new ones; `lengths[b] + T <= S`.
       sliding_window: A token sees itself and the `sliding_window - 1` before it; all
         before it if None.
-      is_active: Rows that take part, all if None. The others' outputs are zero; a kernel
-        reads nothing of them.
       implementation: None for the fastest that runs here; a name for that one or an
         error.
 
@@ -57,16 +54,16 @@ def cached_attention(
       NotImplementedError: The named implementation does not run here.
     """
     op = "cached_attention"
-    checks.check_rank(op, "q", q, "B T H P")
-    checks.check_rank(op, "k", k, "B S K P")
-    batch, _, heads, width = q.shape
-    slots, groups = k.shape[1:3]
-    kept = (batch, slots, groups, width)
-    checks.check_shape(op, "k", k, "B S K P", kept)
-    checks.check_shape(op, "v", v, "B S K P", kept)
-    checks.check_shape(op, "lengths", lengths, "B", (batch,))
-    checks.check_shape(op, "is_active", is_active, "B", (batch,))
-    checks.check_groups(op, "k", groups, heads)
+    sizes = checks.check_shapes(
+        op,
+        {
+            "q": (q, "B T H P"),
+            "k": (k, "B S K P"),
+            "v": (v, "B S K P"),
+            "lengths": (lengths, "B"),
+        },
+    )
+    checks.check_groups(op, "k", sizes["K"], sizes["H"])
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(
             f"{op}: sliding_window is {sliding_window}, expected 1 or more"
@@ -80,7 +77,6 @@ def cached_attention(
         v,
         lengths,
         sliding_window=sliding_window,
-        is_active=is_active,
     )
 
 
@@ -116,13 +112,18 @@ def rotate_and_append(
       NotImplementedError: The named implementation does not run here.
     """
     op = "rotate_and_append"
-    checks.check_rank(op, "qkv", qkv, "B T F")
-    checks.check_rank(op, "k", k, "B S K P")
-    batch, slots, groups, width = k.shape
-    checks.check_shape(op, "qkv", qkv, "B T F", (batch, *qkv.shape[1:]))
-    checks.check_shape(op, "v", v, "B S K P", k.shape)
-    checks.check_shape(op, "lengths", lengths, "B", (batch,))
-    checks.check_shape(op, "frequencies", frequencies, "P/2", (width // 2,))
+    sizes = checks.check_shapes(
+        op,
+        {
+            "k": (k, "B S K P"),
+            "qkv": (qkv, "B T F"),
+            "v": (v, "B S K P"),
+            "lengths": (lengths, "B"),
+        },
+    )
+    groups, width = sizes["K"], sizes["P"]
+    half = {"P/2": width // 2}
+    checks.check_shapes(op, {"frequencies": (frequencies, "P/2")}, half)
     heads, rest = divmod(qkv.shape[2], width)
     if rest or width % 2 or heads <= 2 * groups or heads % groups:
         raise ValueError(

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import gpu
-from pallas_kernels.cached_attention.rotation import cos_and_sin
+from pallas_kernels.cached_attention.rotation import cos_and_sin, next_positions
 from pallas_kernels.dispatch import UnsupportedError
 
 # The smallest side of a matrix product, and the step in which slots are shared out.
@@ -171,7 +171,7 @@ def _part_kernel(*refs, names, tiling, window):
 
 
 def _bounds(refs, b, block, part, tiling, window):
-    """First slot of a program and the one after its last; none of an inactive row."""
+    """First slot of a program and the one after its last."""
     _, tokens, heads, _ = refs["q"].shape
     per_group = heads // refs["k"].shape[2]
     length = refs["lengths"][b]
@@ -182,8 +182,6 @@ def _bounds(refs, b, block, part, tiling, window):
     start = jnp.int32(0)
     if window is not None:
         start = jnp.maximum(length + low - window + 1, 0)
-    if "is_active" in refs:
-        stop = jnp.where(refs["is_active"][b] != 0, stop, start)
     if tiling.splits == 1:
         return start, stop
     size = pl.cdiv(pl.cdiv(stop - start, tiling.splits), MIN_DOT) * MIN_DOT
@@ -208,7 +206,7 @@ def _merge_kernel(parts_ref, log_sums_ref, y_ref, *, splits):
     plt.store(y_ref.at[b, t, head, column], y.astype(y_ref.dtype), mask=column < width)
 
 
-def cached_attention(q, k, v, lengths, *, sliding_window, is_active):
+def cached_attention(q, k, v, lengths, *, sliding_window):
     """Returns the outputs; see `api.cached_attention` for the arguments."""
     gpu.check_platform()
     for dtype in {a.dtype for a in (q, k, v)}:
@@ -216,15 +214,13 @@ def cached_attention(q, k, v, lengths, *, sliding_window, is_active):
             raise UnsupportedError(f"cached_attention does not take {dtype}")
     if q.shape[3] > MAX_WIDTH:
         raise UnsupportedError(f"heads of {q.shape[3]} are wider than {MAX_WIDTH}")
-    return _call(choose_tiling(q, k), q, k, v, lengths, sliding_window, is_active)
+    return _call(choose_tiling(q, k), q, k, v, lengths, sliding_window)
 
 
-def _call(tiling, q, k, v, lengths, sliding_window, is_active):
+def _call(tiling, q, k, v, lengths, sliding_window):
     i32, f32 = jnp.int32, jnp.float32
     batch, tokens, heads, width = q.shape
     inputs = {"q": q.astype(k.dtype), "k": k, "v": v, "lengths": lengths.astype(i32)}
-    if is_active is not None:
-        inputs["is_active"] = is_active.astype(i32)
     y = jax.ShapeDtypeStruct(q.shape, q.dtype)
     shape = (batch, tiling.splits, tokens, heads)
     outputs = {
@@ -314,7 +310,7 @@ def rotate_and_append(qkv, k, v, lengths, frequencies):
     groups, width = k.shape[2:]
     heads = qkv.shape[2] // width - 2 * groups
     # The same in every layer, so the compiler computes them once a step.
-    cos, sin = cos_and_sin(lengths, tokens, frequencies)
+    cos, sin = cos_and_sin(next_positions(lengths, tokens), frequencies)
     inputs = {
         "k": k,
         "v": v,

@@ -1,16 +1,21 @@
-"""The angles of rotary position embedding."""
+"""Rotary position embedding (RoFormer, 2104.09864) in the half-split form of Llama."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def cos_and_sin(
-    lengths: Int[Array, " B"], tokens: int, frequencies: Float[Array, " P/2"]
-) -> tuple[Float[Array, "B T P/2"], Float[Array, "B T P/2"]]:
-    """Returns both of position times frequency for the tokens after `lengths`."""
+def next_positions(lengths: Int[Array, " B"], tokens: int) -> Int[Array, "B T"]:
+    """Returns the positions of the tokens that follow `lengths` others."""
     step = jnp.arange(tokens, dtype=jnp.int32)
-    positions = (lengths.astype(jnp.int32)[:, None] + step[None, :]).astype(jnp.float32)
+    return lengths.astype(jnp.int32)[:, None] + step[None, :]
+
+
+def cos_and_sin(
+    positions: Int[Array, "B T"], frequencies: Float[Array, " P/2"]
+) -> tuple[Float[Array, "B T P/2"], Float[Array, "B T P/2"]]:
+    """Returns both of position times frequency, float32."""
+    positions = positions.astype(jnp.float32)
     angles = positions[:, :, None] * jnp.asarray(frequencies, jnp.float32)[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 

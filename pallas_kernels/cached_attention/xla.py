@@ -19,23 +19,20 @@ BLOCK_SLOTS = 512
 LOWEST = -1e30
 
 
-def cached_attention(q, k, v, lengths, *, sliding_window, is_active):
+def cached_attention(q, k, v, lengths, *, sliding_window):
     """Returns the outputs; see `api.cached_attention` for the arguments."""
     tokens, heads = q.shape[1:3]
     lengths = lengths.astype(jnp.int32)
     if heads * tokens * k.shape[1] <= MAX_SCORES:
-        y = _at_once(q, k, v, lengths, sliding_window)
-    else:
-        y = _by_blocks(q, k, v, lengths, sliding_window)
-    if is_active is not None:
-        y = jnp.where(is_active[:, None, None, None], y, jnp.zeros_like(y))
-    return y
+        return _at_once(q, k, v, lengths, sliding_window)
+    return _by_blocks(q, k, v, lengths, sliding_window)
 
 
 def rotate_and_append(qkv, k, v, lengths, frequencies):
     """Returns (q, k, v); see `api.rotate_and_append` for the arguments."""
     lengths = lengths.astype(jnp.int32)
-    angles = rotation.cos_and_sin(lengths, qkv.shape[1], frequencies)
+    positions = rotation.next_positions(lengths, qkv.shape[1])
+    angles = rotation.cos_and_sin(positions, frequencies)
     q, new_k, new_v = rotation.split_heads(qkv, *k.shape[2:])
     q, new_k = (rotation.rotate(a, *angles) for a in (q, new_k))
 
@@ -67,7 +64,7 @@ def _scores(q, k, visible):
 
 
 def _at_once(q, k, v, lengths, window):
-    position = lengths[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
+    position = rotation.next_positions(lengths, q.shape[1])
     slot = jnp.arange(k.shape[1], dtype=jnp.int32)
     scores = _scores(q, k, _visible(position, slot, window))
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -93,7 +90,7 @@ def _one_block(q, k, v, lengths, window):
     batch, tokens, heads, width = q.shape
     slots, groups = k.shape[1:3]
     size = min(BLOCK_SLOTS, slots)
-    position = lengths[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None, :]
+    position = rotation.next_positions(lengths, tokens)
     # Rows differ in length: from the first slot that one sees to the last.
     first = jnp.int32(0)
     if window is not None:

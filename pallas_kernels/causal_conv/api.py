@@ -53,15 +53,14 @@ def causal_conv(
       NotImplementedError: The named implementation does not run here.
     """
     op = "causal_conv"
-    checks.check_rank(op, "x", x, "B L C")
-    checks.check_rank(op, "kernel", kernel, "W C")
-    batch, length, channels = x.shape
-    width = kernel.shape[0]
-    window = (batch, width - 1, channels)
-    checks.check_shape(op, "kernel", kernel, "W C", (width, channels))
-    checks.check_shape(op, "bias", bias, "C", (channels,))
-    checks.check_shape(op, "initial_window", initial_window, "B W-1 C", window)
-    checks.check_shape(op, "segment_ids", segment_ids, "B L", (batch, length))
+    sizes = checks.check_shapes(
+        op, {"x": (x, "B L C"), "kernel": (kernel, "W C"), "bias": (bias, "C")}
+    )
+    sizes["W-1"] = sizes["W"] - 1
+    window = (initial_window, "B W-1 C")
+    rest = {"initial_window": window, "segment_ids": (segment_ids, "B L")}
+    checks.check_shapes(op, rest, sizes)
+    channels = sizes["C"]
     if activation not in (None, "silu"):
         raise ValueError(f"{op}: activation is {activation!r}, expected 'silu' or None")
     if splits is not None and (sum(splits) != channels or min(splits, default=0) < 1):

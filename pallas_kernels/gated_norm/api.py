@@ -46,10 +46,10 @@ def gated_norm(
       NotImplementedError: The named implementation does not run here.
     """
     op = "gated_norm"
-    checks.check_rank(op, "y", y, "B L E")
-    checks.check_shape(op, "z", z, "B L E", tuple(y.shape))
-    checks.check_shape(op, "scale", scale, "E", (y.shape[2],))
-    checks.check_groups(op, "y", groups, y.shape[2])
+    sizes = checks.check_shapes(
+        op, {"y": (y, "B L E"), "z": (z, "B L E"), "scale": (scale, "E")}
+    )
+    checks.check_groups(op, "y", groups, sizes["E"])
     return dispatch.run(
         op, IMPLEMENTATIONS, implementation, y, z, scale, groups=groups, eps=eps
     )

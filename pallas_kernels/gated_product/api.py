@@ -43,13 +43,9 @@ def gated_product(
       NotImplementedError: The named implementation does not run here.
     """
     op = "gated_product"
-    checks.check_rank(op, "h", h, "B L D")
-    checks.check_rank(op, "kernel", kernel, "D F2")
-    width = h.shape[2]
-    checks.check_shape(op, "scale", scale, "D", (width,))
-    checks.check_shape(op, "kernel", kernel, "D F2", (width, kernel.shape[1]))
-    if kernel.shape[1] % 2:
-        raise ValueError(
-            f"{op}: kernel has {kernel.shape[1]} columns; 2 F are expected"
-        )
+    sizes = checks.check_shapes(
+        op, {"h": (h, "B L D"), "scale": (scale, "D"), "kernel": (kernel, "D F2")}
+    )
+    if sizes["F2"] % 2:
+        raise ValueError(f"{op}: kernel has {sizes['F2']} columns; 2 F are expected")
     return dispatch.run(op, IMPLEMENTATIONS, implementation, h, scale, kernel, eps=eps)

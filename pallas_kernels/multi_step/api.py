@@ -109,32 +109,27 @@ def selective_multi_step(
       NotImplementedError: The named implementation does not run here.
     """
     op = "selective_multi_step"
-    checks.check_rank(op, "x", x, "B T E")
-    checks.check_rank(op, "A", A, "E N")
-    checks.check_rank(op, "B", B, "B T GB N")
-    checks.check_rank(op, "C", C, "B T GC N")
-    checks.check_rank(op, "pending.x", pending.x, "B S E")
-    batch, tokens, channels = x.shape
-    groups, n = B.shape[2], A.shape[1]
-    slots = pending.x.shape[1]
-    for name, value, letters, expected in (
-        ("state", state, "B E N", (batch, channels, n)),
-        ("pending.x", pending.x, "B S E", (batch, slots, channels)),
-        ("pending.dt", pending.dt, "B S E", (batch, slots, channels)),
-        ("pending.B", pending.B, "B S GB N", (batch, slots, groups, n)),
-        ("num_pending", num_pending, "B", (batch,)),
-        ("is_active", is_active, "B", (batch,)),
-        ("dt", dt, "B T E", (batch, tokens, channels)),
-        ("A", A, "E N", (channels, n)),
-        ("B", B, "B T GB N", (batch, tokens, groups, n)),
-        ("C", C, "B T GC N", (batch, tokens, C.shape[2], n)),
-        ("D", D, "E", (channels,)),
-        ("z", z, "B T E", (batch, tokens, channels)),
-        ("dt_bias", dt_bias, "E", (channels,)),
-    ):
-        checks.check_shape(op, name, value, letters, expected)
-    checks.check_groups(op, "B", groups, channels)
-    checks.check_groups(op, "C", C.shape[2], channels)
+    sizes = checks.check_shapes(
+        op,
+        {
+            "x": (x, "B T E"),
+            "A": (A, "E N"),
+            "B": (B, "B T GB N"),
+            "C": (C, "B T GC N"),
+            "pending.x": (pending.x, "B S E"),
+            "pending.dt": (pending.dt, "B S E"),
+            "pending.B": (pending.B, "B S GB N"),
+            "state": (state, "B E N"),
+            "num_pending": (num_pending, "B"),
+            "is_active": (is_active, "B"),
+            "dt": (dt, "B T E"),
+            "D": (D, "E"),
+            "z": (z, "B T E"),
+            "dt_bias": (dt_bias, "E"),
+        },
+    )
+    checks.check_groups(op, "B", sizes["GB"], sizes["E"])
+    checks.check_groups(op, "C", sizes["GC"], sizes["E"])
     return dispatch.run(
         op,
         SELECTIVE_IMPLEMENTATIONS,
@@ -207,29 +202,25 @@ def ssd_multi_step(
       NotImplementedError: The named implementation does not run here.
     """
     op = "ssd_multi_step"
-    checks.check_rank(op, "x", x, "B T K P")
-    checks.check_rank(op, "dt", dt, "B T H")
-    checks.check_rank(op, "B", B, "B T K N")
-    checks.check_rank(op, "pending.x", pending.x, "B S K P")
-    batch, tokens, groups, width = x.shape
-    heads, n = dt.shape[2], B.shape[3]
-    slots = pending.x.shape[1]
-    checks.check_groups(op, "x", groups, heads)
-    for name, value, letters, expected in (
-        ("state", state, "B H N P", (batch, heads, n, width)),
-        ("pending.x", pending.x, "B S K P", (batch, slots, groups, width)),
-        ("pending.dt", pending.dt, "B S H", (batch, slots, heads)),
-        ("pending.B", pending.B, "B S K N", (batch, slots, groups, n)),
-        ("num_pending", num_pending, "B", (batch,)),
-        ("is_active", is_active, "B", (batch,)),
-        ("dt", dt, "B T H", (batch, tokens, heads)),
-        ("A", A, "H", (heads,)),
-        ("B", B, "B T K N", (batch, tokens, groups, n)),
-        ("C", C, "B T H N", (batch, tokens, heads, n)),
-        ("D", D, "H", (heads,)),
-        ("dt_bias", dt_bias, "H", (heads,)),
-    ):
-        checks.check_shape(op, name, value, letters, expected)
+    sizes = checks.check_shapes(op, {"x": (x, "B T K P"), "dt": (dt, "B T H")})
+    checks.check_groups(op, "x", sizes["K"], sizes["H"])
+    checks.check_shapes(
+        op,
+        {
+            "B": (B, "B T K N"),
+            "pending.x": (pending.x, "B S K P"),
+            "pending.dt": (pending.dt, "B S H"),
+            "pending.B": (pending.B, "B S K N"),
+            "state": (state, "B H N P"),
+            "num_pending": (num_pending, "B"),
+            "is_active": (is_active, "B"),
+            "A": (A, "H"),
+            "C": (C, "B T H N"),
+            "D": (D, "H"),
+            "dt_bias": (dt_bias, "H"),
+        },
+        sizes,
+    )
     return dispatch.run(
         op,
         SSD_IMPLEMENTATIONS,
@@ -299,19 +290,18 @@ def conv_multi_step(
       NotImplementedError: The named implementation does not run here.
     """
     op = "conv_multi_step"
-    checks.check_rank(op, "x", x, "B T C")
-    checks.check_rank(op, "kernel", kernel, "W F")
-    checks.check_rank(op, "pending", pending, "B S C")
-    batch, _, channels = x.shape
-    width, outputs = kernel.shape
-    for name, value, letters, expected in (
-        ("window", window, "B W-1 C", (batch, width - 1, channels)),
-        ("pending", pending, "B S C", (batch, pending.shape[1], channels)),
-        ("num_pending", num_pending, "B", (batch,)),
-        ("is_active", is_active, "B", (batch,)),
-        ("bias", bias, "F", (outputs,)),
-    ):
-        checks.check_shape(op, name, value, letters, expected)
+    sizes = checks.check_shapes(
+        op, {"x": (x, "B T C"), "kernel": (kernel, "W F"), "bias": (bias, "F")}
+    )
+    sizes["W-1"] = sizes["W"] - 1
+    rest = {
+        "pending": (pending, "B S C"),
+        "window": (window, "B W-1 C"),
+        "num_pending": (num_pending, "B"),
+        "is_active": (is_active, "B"),
+    }
+    checks.check_shapes(op, rest, sizes)
+    channels, outputs = sizes["C"], sizes["F"]
     group = channels if group is None else group
     checks.check_groups(op, "x", channels // group, channels)
     if outputs % channels:

@@ -60,23 +60,21 @@ def ssd(
       NotImplementedError: The named implementation does not run here.
     """
     op = "ssd"
-    checks.check_rank(op, "x", x, "B L K P")
-    checks.check_rank(op, "dt", dt, "B L H")
-    checks.check_rank(op, "B", B, "B L K N")
-    batch, length, groups, width = x.shape
-    heads, state = dt.shape[2], B.shape[3]
-    checks.check_groups(op, "x", groups, heads)
-    for name, value, letters, expected in (
-        ("dt", dt, "B L H", (batch, length, heads)),
-        ("A", A, "H", (heads,)),
-        ("B", B, "B L K N", (batch, length, groups, state)),
-        ("C", C, "B L H N", (batch, length, heads, state)),
-        ("D", D, "H", (heads,)),
-        ("dt_bias", dt_bias, "H", (heads,)),
-        ("initial_state", initial_state, "B H N P", (batch, heads, state, width)),
-        ("segment_ids", segment_ids, "B L", (batch, length)),
-    ):
-        checks.check_shape(op, name, value, letters, expected)
+    sizes = checks.check_shapes(op, {"x": (x, "B L K P"), "dt": (dt, "B L H")})
+    checks.check_groups(op, "x", sizes["K"], sizes["H"])
+    checks.check_shapes(
+        op,
+        {
+            "B": (B, "B L K N"),
+            "A": (A, "H"),
+            "C": (C, "B L H N"),
+            "D": (D, "H"),
+            "dt_bias": (dt_bias, "H"),
+            "initial_state": (initial_state, "B H N P"),
+            "segment_ids": (segment_ids, "B L"),
+        },
+        sizes,
+    )
     return dispatch.run(
         op,
         IMPLEMENTATIONS,

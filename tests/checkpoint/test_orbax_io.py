@@ -1,16 +1,22 @@
 """Unit tests of finished models and of run checkpoints on disk."""
 
 import dataclasses
+import errno
+import fcntl
 import gc
 import json
+import os
 import shutil
+import socket
+from contextlib import nullcontext
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checks import tiny
+from checks import disk, process, tiny
 
 from mil_jax.checkpoint import models, orbax_io
 from mil_jax.checkpoint.orbax_io import RunCheckpoints, load_model, save_model
@@ -143,6 +149,73 @@ class TestModels:
         save_model(tmp_path / "model", CONFIG, params)
         assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
+    def test_full_disk(self, tmp_path):
+        params = {"a": np.random.default_rng(0).normal(size=1_000_000)}
+        with disk.limited(1_000_000), pytest.raises(UserError) as error:
+            save_model(tmp_path / "model", CONFIG, params)
+        assert str(error.value) == (
+            f"cannot write {tmp_path}/model (File too large); free some space"
+        )
+        assert list(tmp_path.iterdir()) == []
+
+    def test_what_a_kill_left_is_removed(self, tmp_path):
+        left = tmp_path / ".model.partial" / "weights"
+        left.mkdir(parents=True)
+        (left / "half").write_text("")
+        save_model(tmp_path / "model", CONFIG, {"final_norm.scale": np.ones(3)})
+        assert [p.name for p in tmp_path.iterdir()] == ["model"]
+        assert not (tmp_path / "model" / "weights" / "half").exists()
+
+    def test_only_one_process_writes(self, tmp_path):
+        partial = tmp_path / ".model.partial"
+        partial.mkdir()
+        other = os.open(partial, os.O_RDONLY)
+        fcntl.flock(other, fcntl.LOCK_EX)
+        params = {"final_norm.scale": np.ones(3)}
+        with pytest.raises(
+            UserError, match="another process is writing .*/model; wait"
+        ):
+            save_model(tmp_path / "model", CONFIG, params)
+        assert partial.is_dir()
+        os.close(other)
+        save_model(tmp_path / "model", CONFIG, params)
+
+    def test_what_is_added_belongs_to_the_folder(self, tmp_path):
+        """It lies there before the folder has its name; a failure leaves neither."""
+        path = tmp_path / "model"
+        params = {"final_norm.scale": np.ones(3)}
+
+        def add(folder):
+            assert not path.exists() and (folder / "model_config.json").exists()
+            (folder / "more").write_text("1")
+            if fails:
+                raise KeyboardInterrupt
+
+        for fails in (True, False):
+            with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+                save_model(path, CONFIG, params, add=add)
+            assert path.exists() is not fails
+        assert (path / "more").read_text() == "1"
+
+    def test_every_process_finds_the_whole_folder(self, tmp_path):
+        """Two for real; the one that names the folder is slow."""
+        with socket.socket() as listener:
+            listener.bind(("localhost", 0))
+            port = listener.getsockname()[1]
+        env = process.environment(tmp_path / "compiled")
+        program = Path(__file__).with_name("two_processes.py")
+        started = [
+            process.start([program, tmp_path / "model", port, i], env) for i in range(2)
+        ]
+        try:
+            for one in reversed(started):  # The one that may be too early.
+                out, err = one.communicate(timeout=60)
+                assert one.returncode == 0, err
+                assert out.splitlines()[-1] == "0"
+        finally:
+            for one in started:
+                one.kill()
+
     def test_folder_that_is_no_model(self, tmp_path):
         assert not orbax_io.is_model_dir(tmp_path)
         with pytest.raises(UserError, match="holds no model_config.json; it is not a"):
@@ -189,6 +262,10 @@ class TestDamagedModels:
             load_model(copy)
         message = str(error.value)
         assert str(copy / "weights") in message and "damaged" in message
+        assert message.endswith(
+            f"copy it again, or delete {copy} and run its stage again"
+        )
+        assert "NoneType" not in message
         assert "\n" not in message
 
 
@@ -225,6 +302,46 @@ class TestRunCheckpoints:
             checkpoints.save(step, state, {"step": step})
         checkpoints.close()
         assert sorted(p.name for p in tmp_path.iterdir()) == ["5", "9"]
+
+    def test_full_disk(self, tmp_path):
+        """One line, told at the next call; the checkpoints before stay and are used."""
+        checkpoints = RunCheckpoints(tmp_path)
+        checkpoints.save(3, jax.tree.map(jnp.asarray, self.STATE), {"step": 3})
+        checkpoints.close()
+        large = {"a": np.random.default_rng(0).normal(size=1_000_000)}
+        for told_by in ("save", "close"):
+            checkpoints = RunCheckpoints(tmp_path)
+            with disk.limited(1_000_000), pytest.raises(UserError) as error:
+                checkpoints.save(5, large, {"step": 5})
+                if told_by == "save":
+                    checkpoints.save(6, large, {"step": 6})
+                checkpoints.close()
+            assert str(error.value) == (
+                f"cannot write {tmp_path} (File too large); free some space, the same "
+                "command then goes on after step 3"
+            )
+            checkpoints.close()
+        checkpoints = RunCheckpoints(tmp_path)
+        assert checkpoints.latest_step() == 3
+        assert checkpoints.restore(3, self._abstract())[1] == {"step": 3}
+        checkpoints.close()
+        assert [p.name for p in tmp_path.iterdir()] == ["3"]
+
+    def test_unreadable_is_not_damaged(self, tmp_path, monkeypatch):
+        """A checkpoint that may be whole: nobody is told to delete it."""
+        checkpoints = RunCheckpoints(tmp_path)
+
+        def restore(*args, **kwargs):
+            raise ValueError("Error reading") from PermissionError(errno.EACCES, "no")
+
+        monkeypatch.setattr(checkpoints._manager, "restore", restore)
+        with pytest.raises(UserError) as error:
+            checkpoints.restore(3, self._abstract())
+        checkpoints.close()
+        assert str(error.value) == (
+            f"checkpoint {tmp_path}/3 cannot be read (Permission denied); check the disk "
+            "and your rights"
+        )
 
     def test_missing_step(self, tmp_path):
         checkpoints = RunCheckpoints(tmp_path)

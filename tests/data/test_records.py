@@ -1,11 +1,13 @@
 """Unit, property and crash tests of records on disk."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -185,6 +187,38 @@ class TestCrash:
         writer = RecordWriter(tmp_path, fingerprint="f", shard_size=10)
         assert (writer.num_written, writer.is_complete) == (10, False)
 
+    @pytest.mark.parametrize("at", ["shard", "manifest"])
+    def test_full_disk(self, tmp_path, monkeypatch, at):
+        """One line; what was whole stays, and with room again the folder is completed."""
+        from checks import disk  # Not where this module is imported by a crash test.
+
+        random = np.random.default_rng(0)
+        large = random.integers(0, 2**31, (9, 50_000), np.int64).astype(np.int32)
+        examples = [_example(0), *(Example(row, row > 9) for row in large)]
+
+        def write():
+            with RecordWriter(tmp_path, fingerprint="f", shard_size=1) as writer:
+                for i in range(writer.num_written, len(examples)):
+                    writer.write(examples[i])
+
+        with monkeypatch.context() as patch, disk.limited(150_000):
+            if at == "manifest":
+                full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                patch.setattr(
+                    records.disk, "sync", Mock(side_effect=[*[None] * 3, full])
+                )
+            with pytest.raises(UserError) as error:
+                write()
+        reason = "File too large" if at == "shard" else "No space left on device"
+        assert str(error.value) == (
+            f"cannot write {tmp_path} ({reason}); free some space, the same command then "
+            f"goes on after record {1 if at == 'shard' else 0}"
+        )
+        write()
+        source = RecordSource(tmp_path)
+        for found, expected in zip(source, examples, strict=True):
+            _assert_same(found, expected)
+
     def test_resume_with_another_shard_size(self, tmp_path):
         writer = RecordWriter(tmp_path, fingerprint="f", shard_size=4)
         for i in range(7):
@@ -212,6 +246,37 @@ class TestErrors:
             RecordWriter(tmp_path, fingerprint="g")
         with pytest.raises(UserError, match="choose another folder or delete"):
             RecordWriter(tmp_path, fingerprint="f", kind="pair")
+
+    def test_edited_inputs(self, tmp_path):
+        """Files that changed, came or went; folders that named none are left in peace."""
+        folder = tmp_path / "stage" / "data"
+        old = {"a.jsonl": "1", "b.jsonl": "2"}
+        _write(folder, 3, inputs=old)
+        for new, problem in (
+            ({"a.jsonl": "1", "b.jsonl": "3"}, "b.jsonl has changed"),
+            ({"a.jsonl": "1"}, "b.jsonl is gone"),
+            (old | {"c.jsonl": "1"}, "c.jsonl is new"),
+        ):
+            with pytest.raises(UserError) as error:
+                _write(folder, 3, inputs=new)
+            assert str(error.value) == (
+                f"{problem} since {folder} was made of it; put the data back as it was, "
+                f"or delete {tmp_path}/stage to start over"
+            )
+        assert _write(folder, 3, inputs=old).is_complete
+        _write(tmp_path / "other", 3)
+        assert _write(tmp_path / "other", 3, inputs=old).is_complete
+
+    def test_digest_is_of_the_content(self, tmp_path):
+        digests = []
+        for i, shift in enumerate((0, 0, 1)):
+            with RecordWriter(tmp_path / str(i), fingerprint="f") as writer:
+                for k in range(3):
+                    writer.write(
+                        Example(_example(k).tokens + shift, _example(k).loss_mask)
+                    )
+            digests.append(RecordSource(tmp_path / str(i)).digest())
+        assert digests[0] == digests[1] != digests[2]
 
     def test_shards_without_manifest(self, tmp_path):
         (tmp_path / "x.array_record").write_bytes(b"")

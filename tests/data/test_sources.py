@@ -10,7 +10,7 @@ import pytest
 
 from mil_jax.data import demo_world
 from mil_jax.data.row_files import RowError
-from mil_jax.data.sources import conversations, preference_pairs, prompts
+from mil_jax.data.sources import conversations, digests, preference_pairs, prompts
 from mil_jax.errors import UserError
 
 ROLES = {"u": "user", "a": "assistant", "s": "system"}
@@ -34,6 +34,20 @@ def _write(path, rows):
 
 
 SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
+
+
+def test_digests_are_of_each_files_content(tmp_path):
+    first = _write(tmp_path / "a.jsonl", [{"prompt": "one"}])
+    _write(tmp_path / "b.jsonl", [{"prompt": "one"}])
+    spec = f"{tmp_path}/*.jsonl, demo:train:0:3,tfds:name:train"
+    before = digests(spec)
+    assert list(before) == [first, f"{tmp_path}/b.jsonl"]
+    assert len(set(before.values())) == 1
+    _write(tmp_path / "b.jsonl", [{"prompt": "two"}])
+    after = digests(spec)
+    assert after[first] == before[first] != after[f"{tmp_path}/b.jsonl"]
+    with pytest.raises(UserError, match="no file matches '/nope.jsonl'"):
+        digests("/nope.jsonl")
 
 
 class TestConversations:

@@ -1,6 +1,7 @@
 """What K is chosen, under a clock and drafts of which everything is known."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -113,6 +114,72 @@ def test_what_changes_is_noticed(monkeypatch):
     assert good < 0.6 * PLAIN
     assert bad < PLAIN / 0.96
     assert again < 0.6 * PLAIN
+
+
+def test_waits_between_two_looks_double(monkeypatch):
+    world = World(monkeypatch, lambda made: 0.0)
+    world.run(Chooser(8), 9000)
+    runs = [(k, len(list(steps))) for k, steps in itertools.groupby(world.used)]
+    waits = [steps for k, steps in runs if k == 0]
+    assert waits[:7] == [128, 256, 512, 1024, 2048, 2048, 2048]
+
+
+def test_catching_up_is_no_part_of_a_step(monkeypatch):
+    world, chooser = World(monkeypatch, lambda made: 0.0), Chooser(8)
+    world.run(chooser, 3000)
+    # All looks are blocks of four steps, each after plain ones.
+    assert chooser.milliseconds[2] == pytest.approx(PLAIN + 2 * DRAFT + HOST / 4)
+
+
+def test_a_look_counts_for_more_than_what_is_remembered(monkeypatch):
+    """A draft that was bad for very long is used soon after it has become fair."""
+    world = World(monkeypatch, lambda made: 0.0 if made < 9000 else 0.6)
+    chooser = Chooser(4)
+    world.run(chooser, 9000)
+    world.used.clear()
+    world.run(chooser, 12000)
+    assert np.mean(np.array(world.used) > 0) > 0.75
+
+
+@pytest.mark.parametrize(("gain", "is_used"), [(1.02, False), (1.05, True)])
+def test_drafting_has_to_promise_some_gain(monkeypatch, gain, is_used):
+    """Against plain decoding, with drafts whose worth is known and blocks for free."""
+    world, chooser = World(monkeypatch, lambda made: 0.5), Chooser(1)
+    monkeypatch.setitem(globals(), "HOST", 0.0)
+    tokens = gain * (PLAIN + DRAFT) / PLAIN
+    monkeypatch.setattr(chooser, "expected_tokens", lambda k: tokens if k else 1.0)
+    world.run(chooser, 200)
+    world.used.clear()
+    world.run(chooser, 100)
+    assert (1 in world.used) == is_used
+
+
+def test_a_slow_block_moves_the_time_less_than_a_fast_one(monkeypatch):
+    world, chooser = World(monkeypatch, lambda made: 1.0), Chooser(4)
+    world.run(chooser, 2000)
+    k, before = chooser.k, chooser.milliseconds[chooser.k]
+
+    def within(milliseconds):
+        def advance(state, num_steps, *, k):
+            state = world.advance(state, num_steps, k=k)
+            world.now = start + milliseconds * num_steps
+            return state
+
+        start = world.now
+        world.state = chooser.run(advance, world.state)
+        return chooser.milliseconds[k]
+
+    assert before < within(before + 10.0) <= before + 2.5
+    before = chooser.milliseconds[k]
+    assert within(before - 1.0) <= before - 0.45
+
+
+def test_blocks_are_no_longer_than_the_limit(monkeypatch):
+    world, chooser = World(monkeypatch, lambda made: 0.9), Chooser(4)
+    for _ in range(20):
+        before = len(world.used)
+        world.state = chooser.run(world.advance, world.state, limit=3)
+        assert 1 <= len(world.used) - before <= 3
 
 
 def test_choices():

@@ -9,12 +9,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
-from checks import process, tiny
+from checks import commands, disk, process, tiny
 
 from mil_jax.checkpoint import models, orbax_io
 from mil_jax.data.chat import encode_prompt, load_tokenizer
@@ -66,12 +65,10 @@ def tokenizer():
 
 def run(*args):
     """Runs the command in this process; returns its exit status."""
-    with flagsaver.flagsaver():
-        flags.FLAGS(["generate", *map(str, args)])
-        try:
-            command.main(["generate"])
-        except SystemExit as end:
-            return end.code
+    try:
+        command.main(commands.parse(command, *args), ["generate"])
+    except SystemExit as end:
+        return end.code
     return 0
 
 
@@ -353,6 +350,37 @@ class TestFile:
         assert len(appended) == 15 - num_whole
         assert len(synced) == 4 - num_whole // 4
 
+    def test_full_disk(self, folder, source, undisturbed, tmp_path, monkeypatch):
+        """One line, what was written stays, and with room again it is completed."""
+        monkeypatch.setattr(files, "BATCHES_PER_CHUNK", 2)
+        target = tmp_path / "answers.jsonl"
+        size = undisturbed.stat().st_size * 2 // 3
+        with disk.limited(size), pytest.raises(UserError) as error:
+            answer(folder, source, target)
+        written = target.read_bytes()
+        assert written == undisturbed.read_bytes()[:size]
+        whole = written[: written.rindex(b"\n")].count(b"\n") + 1
+        assert str(error.value) == (
+            f"cannot write {target} (File too large); free some space, the same command "
+            f"then goes on after line {whole - whole % 4}"
+        )
+        assert answer(folder, source, target) == 1
+        assert target.read_bytes() == undisturbed.read_bytes()
+
+    def test_ctrl_c_says_how_far_it_came(
+        self, folder, source, tmp_path, monkeypatch, caplog
+    ):
+        monkeypatch.setattr(files, "BATCHES_PER_CHUNK", 2)
+        monkeypatch.setattr(
+            engine.Engine, "answer", Mock(side_effect=KeyboardInterrupt)
+        )
+        target = tmp_path / "answers.jsonl"
+        with pytest.raises(KeyboardInterrupt):
+            answer(folder, source, target)
+        assert caplog.messages[-1] == (
+            f"{target} holds 0 of 15 lines; the same command goes on from there"
+        )
+
     def test_a_complete_file_needs_no_model(
         self, folder, source, undisturbed, monkeypatch
     ):
@@ -433,6 +461,11 @@ class TestRefused:
             (("--model=m", "--prompt=a", "--max_length=0"), "max_length is 0"),
             (("--model=m", "--prompt=a", "--stop="), "a stop string is empty"),
             (("--model=m", "--prompt=a", "--top_p=2"), "top_p is 2.0"),
+            (
+                ("--model=m", "--prompt=a", "--temperature=nan"),
+                "temperature is nan; it",
+            ),
+            (("--model=m", "--prompt=a", "--seed=4294967296"), "from 0 to 4294967295"),
             (("--model=m", "--prompt=a", "--nochat", "--system=s"), "not with nochat"),
             (("--model=./nope", "--prompt=a"), "no such folder: './nope'"),
         ],
@@ -449,8 +482,12 @@ class TestRefused:
         [
             (("--prompt=",), "the prompt is empty"),
             (("--prompt=", "--nochat"), "the prompt is empty"),
-            (("--prompt=a", "--max_new_tokens=160"), "max_position_embeddings, 160"),
-            (("--prompt=a", "--max_length=9", "--max_new_tokens=6"), "max_length, 9"),
+            (("--prompt=a", "--max_new_tokens=160"), "embeddings, 160; ask for fewer"),
+            (
+                ("--prompt=a", "--max_length=9", "--max_new_tokens=6"),
+                "max_length, 9; ask",
+            ),
+            (("--prompt=a", "--max_length=2", "--max_new_tokens=1"), "2; shorten the"),
             (
                 ("--prompt=a", "--draft={}/other"),
                 "has a vocabulary of 300, the model of 512",
@@ -475,7 +512,7 @@ class TestRefused:
 
     def test_more_drafts_than_the_kernel_takes(self, folder):
         models = (f"--model={folder}/model", f"--draft={folder}/draft", "--prompt=Hi")
-        assert "take at most 19 draft tokens a step" in refused(*models, "--k=20")
+        assert "at most 19 tokens are drafted a step" in refused(*models, "--k=20")
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -499,8 +536,36 @@ class TestRefused:
         assert message in refused(*args)
 
     def test_no_tokenizer(self, folder):
-        message = refused(f"--model={folder}/same", "--prompt=Hi")
-        assert message.startswith(f"cannot load a tokenizer from folder {folder}/same")
+        assert refused(f"--model={folder}/same", "--prompt=Hi") == (
+            f"cannot load a tokenizer from folder {folder}/same: there is none; copy "
+            "tokenizer.json and tokenizer_config.json (or tokenizer.model) of its model "
+            "into it"
+        )
+
+    def test_folder_near_a_model(self, folder):
+        for near in (folder, folder / "model" / "weights"):
+            assert refused(f"--model={near}", "--prompt=Hi") == (
+                f"{near} is not a model; did you mean {folder}/model?"
+            )
+
+    def test_outputs_that_would_be_lost_or_never_end(self, folder, tmp_path):
+        source = write_lines(tmp_path / "in.jsonl", [{"prompt": "Hi"}])
+        (tmp_path / "link.jsonl").symlink_to(source)
+        args = (f"--model={folder}/model", f"--input={source}", "--max_new_tokens=4")
+        for target, message in (
+            (source, "in.jsonl is the input; choose another --output"),
+            (tmp_path / "link.jsonl", "link.jsonl is the input; choose another"),
+            (
+                folder / "model" / "model_config.json",
+                "was made; choose another --output",
+            ),
+            (folder, "(Is a directory); choose another place"),
+            (source / "out.jsonl", "choose another place"),
+            ("/dev/zero", "/dev/zero is not a plain file; choose another --output"),
+        ):
+            said = refused(*args, f"--output={target}")
+            assert message in said and "remove" not in said
+        assert read_lines(source) == [{"prompt": "Hi"}]
 
     def test_no_chat_template(self, folder, tmp_path):
         model = tmp_path / "model"
@@ -542,7 +607,7 @@ class TestPlan:
 
 
 def test_as_a_command(tmp_path, folder):
-    """One line per bad line and one about speed on stderr, exit status 1."""
+    """A line about the model, one per bad line, one about speed; exit status 1."""
     source = write_lines(tmp_path / "in.jsonl", [{"prompt": "Hi"}, {"text": "Hi"}])
     target = tmp_path / "out" / "answers.jsonl"
     args = [f"--model={folder}/model", f"--input={source}", f"--output={target}"]
@@ -560,9 +625,10 @@ def test_as_a_command(tmp_path, folder):
     messages = [
         line for line in lines if line.strip() and not line.startswith("generate:")
     ]
-    assert messages[0].startswith(f"{source}, line 2: unknown form with the keys text")
-    assert messages[1].startswith("prompt 6 tokens at ")
-    assert messages[2:] == [
+    assert messages[0].startswith(f"reading {folder}/model; ")
+    assert messages[1].startswith(f"{source}, line 2: unknown form with the keys text")
+    assert messages[2].startswith("prompt 6 tokens at ")
+    assert messages[3:] == [
         f"1 of 2 lines of {target} have an error instead of an answer"
     ]
     assert [set(r) for r in read_lines(target)] == [
@@ -572,9 +638,6 @@ def test_as_a_command(tmp_path, folder):
 
 
 def test_sampling_is_passed_on():
-    with flagsaver.flagsaver():
-        flags.FLAGS(["generate", "--temperature=0.5", "--top_k=3", "--top_p=0.9"])
-        values = (command._TEMPERATURE, command._TOP_K, command._TOP_P)
-        assert Sampling(*(flag.value for flag in values)) == Sampling(
-            temperature=0.5, top_k=3, top_p=0.9
-        )
+    args = ("--model=demo_teacher", "--temperature=0.5", "--top_k=3", "--top_p=0.9")
+    options = command.read_options(commands.parse(command, *args))
+    assert options.sampling == Sampling(temperature=0.5, top_k=3, top_p=0.9)

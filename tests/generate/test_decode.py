@@ -48,11 +48,26 @@ def test_a_prompt_longer_than_a_bucket():
     generation.assert_answers(answers, expected, 3)
 
 
-def test_max_length_may_be_just_enough():
-    model, prompt = tiny.model("attention"), tiny.tokens(1, 30)[0]
-    answers = decode.generate(model, [prompt], max_new_tokens=5, max_length=35)
+@pytest.mark.parametrize("chunk", [None, 40])
+def test_max_length_may_be_just_enough(chunk):
+    """Though the prompt, padded to 64 or to two chunks, is written as a whole."""
+    model, prompt = tiny.model("attention"), tiny.tokens(1, 33)[0]
+    answers = decode.generate(
+        model, [prompt], max_new_tokens=5, max_length=38, chunk=chunk
+    )
     expected = tiny.reference("attention").greedy(prompt, 5)
     assert answers.tokens.tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("rows", "chunk"),
+    [(1, 2048), (8, 2048), (9, 1820), (16, 1024), (64, 256), (99, 256)],
+)
+def test_many_rows_are_read_in_smaller_chunks(rows, chunk):
+    """16,384 tokens at a time, within 256 to 2,048 of a row."""
+    batch = decode.pad_prompts([[1]] * rows, tiny.ATTENTION)
+    assert decode.prefill_chunk(batch) == chunk
+    assert decode.prefill_chunk(batch, 7) == 7
 
 
 def test_prompts_are_padded_on_the_right():

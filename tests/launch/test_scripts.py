@@ -36,7 +36,7 @@ def dry_run(script: str, **env: str) -> list[str]:
     return shlex.split(run.stdout)
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "launch/env.sh"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "launch/env.sh", "launch/dry_run.sh"])
 def test_script_parses(script):
     assert bash("-n", script).returncode == 0
 

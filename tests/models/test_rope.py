@@ -9,6 +9,7 @@ from checks.compare import assert_close
 
 from mil_jax.config import RopeScaling
 from mil_jax.models import rope
+from pallas_kernels.cached_attention import rotation
 
 pytestmark = pytest.mark.usefixtures("strict_jax")
 
@@ -40,7 +41,8 @@ def test_rotation_is_the_formula(scaling):
     x = np.random.default_rng(0).standard_normal((1, 200, 2, 16)).astype(np.float32)
     frequencies = rope.inverse_frequencies(16, config.rope_theta, scaling)
     positions = jnp.arange(200)[None]
-    actual = rope.rotate(jnp.asarray(x), positions, frequencies)
+    angles = rotation.cos_and_sin(positions, frequencies)
+    actual = rotation.rotate(jnp.asarray(x), *angles)
     heads = [oracle.rotate(x[0, :, h].astype(np.float64), config) for h in range(2)]
     # The angle itself is float32: 200 radians are good to 1e-5.
     assert_close(actual[0], np.stack(heads, axis=1), atol=1e-4)
@@ -49,7 +51,8 @@ def test_rotation_is_the_formula(scaling):
 def test_rotation_keeps_the_dtype():
     x = jnp.ones((1, 2, 1, 4), jnp.bfloat16)
     frequencies = rope.inverse_frequencies(4, 100.0, None)
-    assert rope.rotate(x, jnp.array([[0, 1]]), frequencies).dtype == jnp.bfloat16
+    angles = rotation.cos_and_sin(jnp.array([[0, 1]]), frequencies)
+    assert rotation.rotate(x, *angles).dtype == jnp.bfloat16
 
 
 def test_segment_positions_by_hand():

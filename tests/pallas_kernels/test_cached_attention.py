@@ -147,18 +147,6 @@ class TestImplementations:
         expected = expected_outputs(lengths=lengths, window=None, **inputs)
         assert_close(y, expected, 1e-5)
 
-    def test_rows_that_are_not_active(self, implementation, small_blocks):
-        inputs, lengths = make(self.shape), jnp.asarray(ragged(self.shape))
-        attention = quick_jit(
-            functools.partial(cached_attention, implementation=implementation)
-        )
-        every = attention(lengths=lengths, **inputs)
-        is_active = jnp.array([True, False, True])
-        y = attention(lengths=lengths, is_active=is_active, **inputs)
-        np.testing.assert_array_equal(y[1], np.zeros_like(y[1]))
-        for row in (0, 2):
-            np.testing.assert_array_equal(y[row], every[row])
-
     def test_slots_after_the_last_token_do_not_count(
         self, implementation, small_blocks
     ):
@@ -226,7 +214,6 @@ def sizes(shape):
         ({"k": np.ones((2, 70, 2, 16))}, "k has shape (2, 70, 2, 16), expected"),
         ({"v": np.ones((3, 69, 2, 16))}, "v has shape (3, 69, 2, 16), expected"),
         ({"lengths": np.zeros(2, int)}, "lengths has shape (2,), expected [B] = (3,)"),
-        ({"is_active": np.ones(1)}, "is_active has shape (1,), expected [B] = (3,)"),
         ({"q": np.ones((3, 5, 9, 16))}, "k has 2 groups, which do not divide 9"),
         ({"sliding_window": 0}, "sliding_window is 0, expected 1 or more"),
         ({"implementation": "fast"}, "implementation 'fast' is not one of"),

@@ -30,13 +30,6 @@ def test_lowers_to_one_kernel_and_a_merge(name, lower_for_cuda):
     assert text.count("__gpu$xla.gpu.triton") == kernels
 
 
-def test_lowers_with_rows_left_out(lower_for_cuda):
-    case, inputs = abstract_inputs("llama3_8b_batch")
-    inputs["is_active"] = jax.ShapeDtypeStruct(inputs["lengths"].shape, bool)
-    call = functools.partial(case.call, implementation="pallas_triton")
-    assert lower_for_cuda(call, inputs).count("__gpu$xla.gpu.triton") == 2
-
-
 # Tokens, heads, kv heads, width, window.
 SIZES = [
     (1, 32, 8, 128, None),

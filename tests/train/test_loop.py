@@ -2,7 +2,12 @@
 
 import csv
 import dataclasses
+import errno
 import gc
+import itertools
+import json
+import os
+import pkgutil
 import shutil
 import signal
 
@@ -116,6 +121,20 @@ class TestContinued:
         run(tmp_path, one_device)
         assert _losses(tmp_path) == _losses(undisturbed[0])
 
+    def test_other_data_is_refused(self, undisturbed, tmp_path, one_device):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, one_device, stop_at=8, data="a")
+        with pytest.raises(UserError) as error:
+            run(tmp_path, one_device, data="b")
+        assert str(error.value) == (
+            f"{tmp_path}/checkpoints was trained on other records than the stage has now: "
+            f"put those back, or delete {tmp_path} to start over"
+        )
+        assert _saved(tmp_path) == [3, 6]
+        state, step_fn = run(tmp_path, one_device, data="a")
+        assert step_fn.seen == list(range(6, 10))
+        assert_same_state(state, undisturbed[1])
+
     def test_longer_run_goes_on(self, undisturbed, tmp_path, one_device):
         """The end of a run is no special step."""
         run(tmp_path, one_device, num_steps=5)
@@ -125,23 +144,116 @@ class TestContinued:
         assert_same_state(state, undisturbed[1])
 
 
-class TestSigterm:
+class TestSignals:
+    @pytest.fixture(autouse=True)
+    def _ctrl_c_interrupts(self):
+        """Whatever started pytest, perhaps in the background."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_stops_after_a_checkpoint_and_goes_on(
-        self, undisturbed, tmp_path, one_device
+        self, undisturbed, tmp_path, one_device, capfd, number
     ):
-        before = signal.getsignal(signal.SIGTERM)
+        before = signal.getsignal(number)
         with pytest.raises(SystemExit) as stop:
-            run(tmp_path, one_device, sigterm_at=4)
+            run(tmp_path, one_device, signals={4: [number]})
+        said = capfd.readouterr().err
+        assert "toy: stopping after this step" in said
+        assert ("Ctrl-C once more" in said) == (number == signal.SIGINT)
         assert stop.value.code == (
             "stopped by signal after step 5 of toy; the same command goes on from there"
         )
-        assert signal.getsignal(signal.SIGTERM) is before
+        assert signal.getsignal(number) is before
         assert _saved(tmp_path) == [3, 5]
         assert [row["step"] for row in _rows(tmp_path)] == list(range(5))
         state, step_fn = run(tmp_path, one_device)
         assert step_fn.seen == list(range(5, 10))
         assert_same_state(state, undisturbed[1])
         assert _losses(tmp_path) == _losses(undisturbed[0])
+
+    def test_ctrl_c_twice_stops_at_once(self, undisturbed, tmp_path, one_device):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, one_device, signals={4: [signal.SIGINT] * 2})
+        assert _saved(tmp_path) == [3]
+        state, step_fn = run(tmp_path, one_device)
+        assert step_fn.seen == list(range(3, 10))
+        assert_same_state(state, undisturbed[1])
+
+    def test_ignored_ones_stay_ignored(self, tmp_path, one_device):
+        """As under nohup."""
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            _, step_fn = run(tmp_path, one_device, signals={4: [signal.SIGINT] * 2})
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert step_fn.seen == list(range(10))
+
+
+def _fail_from(patch, target, times):
+    """Lets a function work so many times, after which the disk is full."""
+    module, _, name = target.rpartition(".")
+    owner = pkgutil.resolve_name(module)
+    original, calls = getattr(owner, name), itertools.count()
+
+    def function(*args, **kwargs):
+        if next(calls) >= times:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*args, **kwargs)
+
+    patch.setattr(owner, name, function)
+
+
+class TestFullDisk:
+    """One line, nothing that was written is lost, and the run goes on with room again."""
+
+    def _goes_on(self, undisturbed, folder, mesh, start):
+        state, step_fn = run(folder, mesh)
+        assert step_fn.seen == list(range(start, 10))
+        assert_same_state(state, undisturbed[1])
+        assert _losses(folder) == _losses(undisturbed[0])
+
+    @pytest.mark.parametrize(
+        ("target", "times"),
+        [
+            ("csv.DictWriter.writerow", 8),
+            # The file's version, the session's start and five scalars a step.
+            ("tensorboardX.event_file_writer:EventsWriter.write_event", 2 + 5 * 7 + 3),
+        ],
+    )
+    def test_log(self, undisturbed, tmp_path, one_device, monkeypatch, target, times):
+        with monkeypatch.context() as patch:
+            _fail_from(patch, target, times)
+            with pytest.raises(UserError) as error:
+                run(tmp_path, one_device)
+        assert str(error.value) == (
+            f"cannot write {tmp_path}/metrics.csv (No space left on device); free some "
+            "space, the same command goes on from its checkpoint"
+        )
+        assert _saved(tmp_path) == [3, 6]
+        self._goes_on(undisturbed, tmp_path, one_device, 6)
+
+    def test_checkpoint(self, undisturbed, tmp_path, one_device, monkeypatch):
+        """Told when the next one is due."""
+        dumps = json.dumps
+
+        def full(value, **kwargs):
+            if isinstance(value, dict) and value.get("step") == 6:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return dumps(value, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(json, "dumps", full)
+            with pytest.raises(UserError) as error:
+                run(tmp_path, one_device)
+        folder = tmp_path / CHECKPOINTS
+        assert str(error.value) == (
+            f"cannot write {folder} (No space left on device); free some space, the same "
+            "command then goes on after step 3"
+        )
+        self._goes_on(undisturbed, tmp_path, one_device, 3)
+        assert _saved(tmp_path) == [9, 10]
 
 
 class TestNotFinite:
@@ -162,7 +274,7 @@ class TestNotFinite:
 
     def test_no_checkpoint_on_a_signal_either(self, tmp_path, one_device):
         with pytest.raises(UserError, match="step 4"):
-            run(tmp_path, one_device, spoil={4: "loss"}, sigterm_at=4)
+            run(tmp_path, one_device, spoil={4: "loss"}, signals={4: [signal.SIGTERM]})
         assert _saved(tmp_path) == [3]
 
 
@@ -254,7 +366,9 @@ class TestDamaged:
         half = checkpoints / "7.orbax-checkpoint-tmp"
         shutil.copytree(checkpoints / "6", half)
         _delete(half / "state" / "manifest.ocdbt")
+        shutil.copytree(half, checkpoints / "70.orbax-checkpoint-tmp")
         state, step_fn = run(folder, one_device)
+        assert _saved(folder) == [9, 10]
         assert step_fn.seen == list(range(6, 10))
         assert_same_state(state, undisturbed[1])
 

@@ -11,6 +11,7 @@ import shutil
 
 import numpy as np
 import pytest
+import transformers
 
 from configs import tiny
 from mil_jax import sharding
@@ -280,7 +281,6 @@ class TestAgain:
             ("stage.optimizer.lr", 2e-4, 2e-3),
             ("stage.batch_size", 4, 8),
             ("data.conversations", "demo:train:16:16", "demo:train:0:9"),
-            ("conversion.mixer", "mamba", "mamba2"),
         ],
     )
     def test_another_config_is_refused(self, chain, no_work, key, old, new):
@@ -291,6 +291,18 @@ class TestAgain:
         assert f"another config: {key} was {old!r}, now {new!r}" in str(error.value)
         assert str(chain.path / "sft") in str(error.value)
         assert _contents(chain.path) == before
+
+    @pytest.mark.parametrize(
+        ("key", "value"), [("implementation", "pallas_triton"), ("attention", "cudnn")]
+    )
+    def test_what_needs_another_device(self, tmp_path, key, value):
+        config = config_of("sft", **{f"compute__{key}": value})
+        with pytest.raises(UserError) as error:
+            run_stage(config, tmp_path)
+        assert str(error.value) == (
+            f"compute.{key} is {value!r}, which needs an NVIDIA GPU, and this is a cpu; "
+            "auto takes what runs here"
+        )
 
     def test_export_is_not_overwritten(self, chain, tmp_path):
         """Again it is left as it is; a newer model is not written over it."""
@@ -378,6 +390,24 @@ class TestReferences:
             stages._teacher(run, dataclasses.replace(start, config=odd))
 
 
+def test_model_has_its_tokenizer_before_its_name(tmp_path, monkeypatch):
+    """A kill while the configured tokenizer is written leaves no model without one."""
+    monkeypatch.setattr(Loop, "run", lambda self, state, *weights: state)
+    model = tmp_path / "pretrain" / "model"
+
+    def killed(self, folder, **_):
+        assert folder != model
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(_pretrain_config(), tmp_path)
+    assert not model.exists()
+    assert run_stage(_pretrain_config(), tmp_path) == model
+    assert len(load_tokenizer(model)) == 512
+
+
 class TestDraft:
     """What stage draft can start from, learn from and propose."""
 
@@ -386,7 +416,7 @@ class TestDraft:
         """Notes what would be trained on what."""
         calls = []
 
-        def train(run, name, folder, start, data, tokenizer):
+        def train(run, name, folder, start, data, tokenizer, add=None):
             calls.append((start, data, stages._teacher(run, start)))
             path = folder / "model"
             path.mkdir(exist_ok=True)
@@ -452,6 +482,21 @@ class TestDraft:
         (path / draft_vocab.FILE).unlink()
         run_stage(config_of("draft", chain.teacher, **changes), tmp_path)
         np.testing.assert_array_equal(draft_vocab.load(path), ids)
+
+    def test_edited_data(self, tmp_path, train):
+        """Under the same name, at the same size."""
+        file = tmp_path / "chats.jsonl"
+        lines = [json.dumps({"prompt": "hi", "completion": "you"})] * 8
+        file.write_text("\n".join(lines))
+        config = config_of("draft", data__conversations=str(file))
+        run_stage(config, tmp_path)
+        run_stage(config, tmp_path)
+        file.write_text("\n".join(lines).replace("you", "she"))
+        with pytest.raises(
+            UserError, match="chats.jsonl has changed since .*draft/data"
+        ):
+            run_stage(config, tmp_path)
+        assert len(train) == 2
 
     def test_on_the_targets_own_answers(self, chain, tmp_path, train):
         """A hybrid takes the teacher's place in a workdir of its own."""

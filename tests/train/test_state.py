@@ -119,6 +119,25 @@ class TestOptimizer:
         assert_close(metrics["grad_norm"], norm, atol=1e-4)
 
 
+def test_the_logged_rate_is_that_of_the_step():
+    """Of plain descent: every step is as long as the rate times the gradient's norm."""
+    stage = training.StageConfig(name="sft")
+    rates = [0.5, 0.25, 0.125]
+    optimizer = optax.sgd(lambda step: 0.5 ** (step + 1.0))
+    weights = {n: jnp.asarray(w) for n, w in training.bigram_weights(1).items()}
+    state = state_lib.TrainState(jnp.int32(0), weights, optimizer.init(weights))
+    loss_fn = make_loss_fn(stage, training.BigramBlueprint(), None)
+    train_step = make_train_step(loss_fn, optimizer, lambda step: 0.5 ** (step + 1.0))
+    for rate in rates:
+        before = {n: np.asarray(w).copy() for n, w in state.trainable.items()}
+        state, metrics = train_step(state, {}, None, training.uneven_batch())
+        length = np.sqrt(
+            sum(np.sum((before[n] - w) ** 2) for n, w in state.trainable.items())
+        )
+        assert float(metrics["lr"]) == rate
+        assert_close(length, rate * float(metrics["grad_norm"]), atol=1e-5)
+
+
 class TestPlacement:
     """On eight devices; the root conftest makes them."""
 

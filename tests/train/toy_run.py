@@ -1,7 +1,6 @@
 """A loop whose step compiles at once: weights and loss depend on every batch so far."""
 
 import dataclasses
-import os
 import signal
 
 import grain
@@ -40,25 +39,27 @@ def update(state, batch):
 
 
 class Steps:
-    """The step function; may kill its own process or spoil a metric."""
+    """The step function; may signal its own process or spoil a metric."""
 
-    def __init__(self, sigterm_at=None, spoil=None):
+    def __init__(self, signals=None, spoil=None):
         self.seen = []
-        self.sigterm_at = sigterm_at
+        self.signals = signals or {}
         self.spoil = spoil or {}
 
     def __call__(self, state, frozen, teacher, batch):
         step = int(state.step)
         self.seen.append(step)
-        if step == self.sigterm_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+        for number in self.signals.get(step, ()):
+            signal.raise_signal(number)
         state, metrics = update(state, batch)
         if step in self.spoil:
             metrics[self.spoil[step]] = jnp.float32(np.nan)
         return state, metrics
 
 
-def run(folder, mesh, num_steps=10, *, checkpoint_every=3, stop_at=None, **steps):
+def run(
+    folder, mesh, num_steps=10, *, checkpoint_every=3, stop_at=None, data="", **steps
+):
     """Runs or continues; returns the state on disk's layout and the step function.
 
     `stop_at` is a batch that cannot be read: as good as a kill.
@@ -84,6 +85,7 @@ def run(folder, mesh, num_steps=10, *, checkpoint_every=3, stop_at=None, **steps
         num_steps=num_steps,
         checkpoint_every=checkpoint_every,
         mesh=mesh,
+        data=data,
     )
     state = loop.run(state, frozen, None)
     return state_lib.to_disk(blueprint, state), step_fn
