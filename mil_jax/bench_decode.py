@@ -179,6 +179,10 @@ class Bench:
             "dtype": args.dtype,
             "chunk": args.chunk,
             "cache": "read" if args.read else "random",
+            # Every row has these fields; only speculation has times for them.
+            "draft_ms": None,
+            "verify_ms": None,
+            "speedup": None,
         }
         if args.prefill_only:
             ms = self.time_prefill()
@@ -313,11 +317,11 @@ class Bench:
             self.draft,
             verify=functools.partial(lot, probability=0.0),
         )
-        chooser = Chooser(args.k, choices=(args.k,))
         times = []
         # Programs are compiled in the first run.
         for _ in range(REPETITIONS):
             state = self.unread_speculative()
+            chooser = Chooser(args.k)  # That has seen nothing of the draft.
             # A row of which only so many tokens are wanted.
             start = jnp.full_like(state.lengths, self.max_new_tokens - count)
             state = dataclasses.replace(state, lengths=start)

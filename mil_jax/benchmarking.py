@@ -1,4 +1,4 @@
-"""Records of training and ablations: every row names its own commit and date."""
+"""Records of training, decoding and ablations: rows under the versions that ran."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +11,4 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 def record(path: Path, row: Mapping[str, Any], key: tuple[str, ...]) -> None:
     """Adds `row` to the file's rows, in place of one with equal values at `key`."""
-    header = recording.describe_run(PACKAGES)
-    row = {**row, "commit": header["commit"], "date": header["date"]}
-    recording.record(path, header, [row], key)
+    recording.record(path, recording.describe_run(PACKAGES), [row], key)

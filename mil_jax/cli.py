@@ -1,12 +1,14 @@
 """What all commands share: flags, logging and one-line errors."""
 
+import contextlib
 import importlib.util
 import logging
 import os
 import re
+import select
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import NoReturn
@@ -23,8 +25,9 @@ from mil_jax.errors import UserError
 def run_app(entry: Callable[[Sequence[str]], None], *, after_stop: str = "") -> None:
     """Runs `entry` under absl; what a user can mend becomes one line.
 
-    The exit status is 2 after an error and, as shells have it, 128 and the signal's number
-    after Ctrl-C or SIGTERM, which both end `entry` by a `KeyboardInterrupt`.
+    The exit status is 2 after an error and, as shells have it, 128 and a signal's number:
+    of SIGINT (Ctrl-C) or SIGTERM, which both end `entry` by a `KeyboardInterrupt`, or of
+    SIGPIPE, once nobody reads the output.
 
     Args:
         entry: Gets the arguments.
@@ -46,7 +49,8 @@ def run_app(entry: Callable[[Sequence[str]], None], *, after_stop: str = "") -> 
         entry(argv)
 
     try:
-        app.run(run, flags_parser=_parse_flags)
+        with _stopped_with_its_reader():
+            app.run(run, flags_parser=_parse_flags)
     except UserError as error:
         _end(f"error: {error}", 2)
     except OSError as error:
@@ -57,6 +61,25 @@ def run_app(entry: Callable[[Sequence[str]], None], *, after_stop: str = "") -> 
     except KeyboardInterrupt:
         then = f"; {after_stop}" if after_stop else ""
         _end(f"\nstopped by {received[-1].name}{then}", 128 + received[-1])
+
+
+@contextlib.contextmanager
+def _stopped_with_its_reader() -> Iterator[None]:
+    """Ends the program without a word once nobody reads its output, as `head` may."""
+    try:
+        try:
+            yield
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+    except BrokenPipeError:
+        watch = select.poll()
+        watch.register(sys.stdout, 0)
+        if not watch.poll(0):  # Another pipe than the output's.
+            raise
+        # What is left goes nowhere; Python would complain about it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def _end(message: str, status: int) -> NoReturn:
@@ -83,7 +106,7 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
     """Parses flags; what `ml_collections` says in pages becomes one line."""
     try:
         return flags.FLAGS(argv)
-    except UserError:
+    except (UserError, BrokenPipeError):  # The latter of --help.
         raise
     except flags.Error as error:
         raise _flag_error(error) from None

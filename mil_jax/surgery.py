@@ -39,7 +39,6 @@ def attention_to_mamba(
     channel_order: ChannelOrder = "aligned",
     dt_init: DtInit = "mamba",
     d_state: int = 16,
-    d_conv: int = 4,
     seed: int = 0,
 ) -> tuple[Params, ModelConfig]:
     """Returns a hybrid whose `ssm_layers` are state-space layers.
@@ -58,7 +57,6 @@ def attention_to_mamba(
         dt_init: "mamba" starts dt_bias as Mamba does; "original" doubles it, as the published
             implementation in effect does (Mamba only).
         d_state: N of new Mamba layers; Mamba-2 takes N = head_dim.
-        d_conv: W, taps of new convolutions.
         seed: Of the weights that attention does not give.
 
     Returns:
@@ -69,7 +67,7 @@ def attention_to_mamba(
             turn back into attention, or sizes do not fit.
     """
     chosen = check_layers(config, ssm_layers)
-    ssm = _ssm_config(config, mixer, d_state, d_conv)
+    ssm = _ssm_config(config, mixer, d_state)
     kinds = list(config.layer_types)
     new = [i for i in chosen if kinds[i] == "attention"]
     for i in new:
@@ -141,9 +139,7 @@ def check_layers(config: ModelConfig, ssm_layers: Sequence[int]) -> list[int]:
     return sorted(ssm_layers)
 
 
-def _ssm_config(
-    config: ModelConfig, mixer: str, d_state: int, d_conv: int
-) -> SSMConfig:
+def _ssm_config(config: ModelConfig, mixer: str, d_state: int) -> SSMConfig:
     if mixer not in ("mamba", "mamba2"):
         raise UserError(f"mixer is {mixer!r}; expected 'mamba' or 'mamba2'")
     if config.ssm is not None:
@@ -164,7 +160,6 @@ def _ssm_config(
         dt_rank=math.ceil(config.d_model / 16),
         d_inner=config.n_heads * config.head_dim,
         d_xb=config.n_kv_heads * config.head_dim,
-        d_conv=d_conv,
     )
 
 

@@ -24,7 +24,10 @@ from pallas_kernels.ssd import api as ssd_api
 from pallas_kernels.ssd import shapes as ssd_shapes
 
 # Relative errors in norm of bfloat16 values against the reference in float32.
-TOLERANCE = {"forward": 1e-2, "forward_backward": 2e-2}
+TOLERANCE = {"forward": 1e-2, "forward_backward": 1e-2}
+# XLA rounds partial sums over tokens of the scale's gradient to bfloat16, which is 1.1e-2 off
+# for 768 tokens on a CPU; beside the kernel they are summed in float32.
+LOOSE = {"residual_norm": {"scale": 2e-2}}
 
 
 class Peaks(NamedTuple):
@@ -134,7 +137,8 @@ def _case(
         return function(**inputs, **options, implementation=implementation)
 
     makers = (functools.partial(make, s) for s in (shape, small))
-    return Case(op, name, *makers, call, tuple(api.IMPLEMENTATIONS), costs)
+    names = tuple(api.IMPLEMENTATIONS)
+    return Case(op, name, *makers, call, names, costs, loose=LOOSE.get(op, {}))
 
 
 def selective_scan_case(name: str) -> Case:

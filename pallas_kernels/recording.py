@@ -52,11 +52,13 @@ def record(
 
     Args:
       path: The file; its folder is made.
-      header: From `describe_run`; tells of the newest run.
+      header: From `describe_run`; tells of the newest run. Its commit and date are added
+        to the new rows, so that a later run's header does not speak for them.
       rows: What is measured, each with all of `key`.
       key: Fields that name a row.
     """
-    new = [dict(row) for row in rows]
+    run = {"commit": header["commit"], "date": header["date"]}
+    new = [{**row, **run} for row in rows]
     named = {tuple(row[k] for k in key) for row in new}
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = [row for row in old if tuple(row.get(k) for k in key) not in named]

@@ -35,10 +35,17 @@ def strict_jax():
 
 @pytest.fixture(autouse=True)
 def own_logging():
-    """Commands set up the process's logging: no test inherits another one's."""
-    loggers = [logging.getLogger(name) for name in ("mil_jax", "pallas_kernels")]
-    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    """Commands set up the process's logging: no test inherits it from another one.
+
+    Not even from a fixture that ran before this one: loggers start as Python makes them.
+    """
+    _reset_loggers()
     yield
-    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)  # the setter also forgets what it had decided
+    _reset_loggers()
+
+
+def _reset_loggers():
+    for name in ("mil_jax", "pallas_kernels"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [], True
+        logger.setLevel(logging.NOTSET)

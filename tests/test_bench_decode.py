@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -26,6 +27,9 @@ def test_rows(tmp_path, monkeypatch):
     for row in rows.values():
         assert (row["model"], row["batch"], row["prompt"]) == ("tiny_mamba_50", 1, 16)
         assert row["tok_s"] > 0
+    parts = ("draft_ms", "verify_ms", "speedup")
+    assert [rows["plain"][part] for part in parts] == [None] * 3
+    assert [rows["adaptive"][part] for part in parts[:2]] == [None] * 2
     fast = rows["speculative"]
     assert (fast["k"], fast["draft"]) == (2, "2 layers, head of 64")
     parts = ("draft_ms", "verify_ms", "sampling_ms", "rest_ms")
@@ -41,10 +45,20 @@ def test_batches_and_prompts_alone(tmp_path, monkeypatch):
     assert bench_decode.main([*args, "--read"]) == 0
     assert bench_decode.main([*args, "--prefill-only", "--chunk=8"]) == 0
     rows = json.loads(out.read_text())["rows"]
-    assert [(row["model"], row["mode"]) for row in rows] == [
-        ("tiny", "plain"),
-        ("tiny", "prefill"),
+    assert [(row["model"], row["mode"], row["speedup"]) for row in rows] == [
+        ("tiny", "plain", None),
+        ("tiny", "prefill", None),
     ]
+
+
+def test_recorded_rows_have_the_parts_of_a_step():
+    path = Path(__file__).parents[1] / "benchmarks/results/decode_h200.json"
+    for row in json.loads(path.read_text())["rows"]:
+        parts = [row[name] for name in ("draft_ms", "verify_ms", "speedup")]
+        if row["mode"] == "plain":
+            assert parts == [None] * 3
+        else:
+            assert min(parts) > 0
 
 
 def test_more_tokens_than_a_step_makes_are_refused(capsys):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +197,10 @@ def main(argv):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, -1))
         checkpoints.save(1, {"a": np.random.default_rng(0).normal(size=500_000)}, {})
         checkpoints.close()
+    elif what == "answer":
+        print("pig")
+    elif what == "worker":
+        raise BrokenPipeError(32, "Broken pipe")
     elif what == "file":
         raise PermissionError(13, "Permission denied", "answers")
     else:
@@ -203,6 +208,19 @@ def main(argv):
 
 cli.run_app(main, after_stop="the same command goes on")
 """
+
+    def _run(self, folder, *args, stdout=subprocess.PIPE, **changes):
+        """Runs the program, or what is given, in a new folder that says what it does."""
+        folder.mkdir()
+        return subprocess.run(
+            [sys.executable, *(args or ("-c", self.PROGRAM))],
+            cwd=folder,
+            env=process.environment("") | {"PYTHONPATH": str(ROOT)} | changes,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=100,
+        )
 
     @pytest.mark.parametrize(
         ("what", "status", "message"),
@@ -224,18 +242,32 @@ cli.run_app(main, after_stop="the same command goes on")
     )
     def test_one_line(self, tmp_path, what, status, message):
         """Nothing of what Orbax prints before it raises, and no traceback."""
-        folder = tmp_path / what
-        folder.mkdir()
-        done = subprocess.run(
-            [sys.executable, "-c", self.PROGRAM],
-            cwd=folder,
-            env=process.environment("") | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
+        done = self._run(tmp_path / what)
         assert done.returncode == status, done.stderr
         assert done.stderr.strip() == message
+
+    def test_another_pipe_that_breaks(self, tmp_path):
+        """As one to a worker: no reason to say nothing."""
+        done = self._run(tmp_path / "worker")
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == "BrokenPipeError: [Errno 32] Broken pipe"
+
+    @pytest.mark.parametrize(
+        "args",
+        [("-m", "mil_jax.main", "--help"), ("-c", PROGRAM)],
+        ids=["help", "answer"],
+    )
+    @pytest.mark.parametrize("unbuffered", ["", "1"])
+    def test_output_that_nobody_reads(self, tmp_path, args, unbuffered):
+        """As of `--help | head`, when `head` has ended; told at the end or at once."""
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "w") as stdout:
+            done = self._run(
+                tmp_path / "answer", *args, stdout=stdout, PYTHONUNBUFFERED=unbuffered
+            )
+        assert done.returncode == 128 + signal.SIGPIPE
+        assert done.stderr == ""
 
 
 class TestStages:

@@ -3,12 +3,14 @@
 import contextlib
 import importlib
 import io
+import json
 import re
 from pathlib import Path
 
 import pytest
 from checks import commands
 
+from mil_jax import acceptance
 from mil_jax.config import RunConfig, from_config_dict
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +95,22 @@ def test_commands_take_the_flags_that_are_shown():
             assert names <= flags_of(module), f"{path}: {module}"
             found += len(names)
     assert found > 80
+
+
+def test_speed_ups_are_those_on_record():
+    def rows(name):
+        path = ROOT / "benchmarks" / "results" / f"{name}_h200.json"
+        return json.loads(path.read_text())["rows"]
+
+    text = (ROOT / "benchmarks/README.md").read_text()
+    lines = acceptance.speedup_table(rows("acceptance"), rows("decode")).splitlines()
+    assert len(lines) == 8
+    for line in lines[4:]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        world, temperature, (gain, step, plain, ratio) = cells[0], cells[4], cells[6:]
+        temperature = "greedy" if temperature == "0.0" else temperature
+        row = f"| {world}, {temperature} | {gain} | {step} ms | {plain} ms | {ratio}x |"
+        assert row in text
 
 
 def test_first_example_prints_what_the_readme_says():

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import training
+from checks import jaxprs, training
 from checks.compare import assert_close
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from mil_jax import losses
 
@@ -298,25 +297,7 @@ class TestReducedChunks:
             return losses.reduce_over_chunks(per_token, reduce, arrays, chunk=8)[0]
 
         jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, heads).jaxpr
-        assert _largest(jaxpr) == 2 * 8 * 1000
-
-
-def _largest(jaxpr):
-    """Returns the most elements of any intermediate, inner programs included."""
-    sizes = [
-        variable.aval.size
-        for equation in jaxpr.eqns
-        for variable in equation.outvars
-        if hasattr(variable.aval, "size")
-    ]
-    for equation in jaxpr.eqns:
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(inner, ClosedJaxpr):
-                    sizes.append(_largest(inner.jaxpr))
-                elif isinstance(inner, Jaxpr):
-                    sizes.append(_largest(inner))
-    return max(sizes, default=0)
+        assert jaxprs.largest(jaxpr) == 2 * 8 * 1000
 
 
 class TestMemory:
@@ -333,7 +314,7 @@ class TestMemory:
             return _chunked_sum(hidden, other, heads, labels, chunk)[0]
 
         grad = jax.grad(loss, argnums=(0, 1))
-        return _largest(jax.make_jaxpr(grad)(hidden, heads).jaxpr), (
+        return jaxprs.largest(jax.make_jaxpr(grad)(hidden, heads).jaxpr), (
             jax.jit(grad).lower(hidden, heads).compile().memory_analysis()
         )
 

@@ -92,9 +92,9 @@ def test_new_weights_have_the_teachers_dtype_but_for_the_recurrences(mixer):
 @pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
 def test_sizes(mixer):
     params, config = teacher()
-    _, hybrid = convert(params, config, (0,), mixer=mixer, d_conv=3)
+    _, hybrid = convert(params, config, (0,), mixer=mixer)
     ssm = hybrid.ssm
-    assert (ssm.d_inner, ssm.d_xb, ssm.dt_rank, ssm.d_conv) == (64, 32, 2, 3)
+    assert (ssm.d_inner, ssm.d_xb, ssm.dt_rank, ssm.d_conv) == (64, 32, 2, 4)
     assert ssm.d_state == (8 if mixer == "mamba" else 16)
     assert ssm.inputs_from == "hidden"
     assert (

@@ -29,6 +29,8 @@ MAMBA_CONFIG = "mamba_config.json"
 # Buffers that old versions of transformers saved; they follow from the config.
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")
 _LM_HEAD = "lm_head.weight"
+# The few old names without an owner are of no model that can be read here.
+_HUB_ID = re.compile(r"[^./~][^/]*/[^/]+")
 _SMALL_FILES = ["*.json", "*.jinja", "tokenizer*", "*.tiktoken"]
 
 
@@ -54,7 +56,7 @@ def load(path_or_id: str | os.PathLike[str], *, dtype: object = None) -> Checkpo
 
     Args:
         path_or_id: A folder with config.json and weights (safetensors or torch files,
-            single or sharded); anything that is not a folder is taken as a hub id.
+            single or sharded); OWNER/NAME is taken as a hub id if it is no folder.
         dtype: "float32", "bfloat16" or "float16"; `A_log` and `D` then become float32.
             None keeps every tensor as stored.
 
@@ -102,10 +104,7 @@ def local_folder(path_or_id: str | os.PathLike[str]) -> Path:
         return path
     if name and path.exists():
         raise UserError(f"{path} is a file; give the folder that holds the checkpoint")
-    looks_like_path = not isinstance(path_or_id, str) or name.startswith(
-        (".", "/", "~")
-    )
-    if looks_like_path or name.count("/") > 1 or not name:
+    if not isinstance(path_or_id, str) or not _HUB_ID.fullmatch(name):
         raise UserError(
             f"no such folder: {name!r}; give a folder with a checkpoint or a hub id "
             "such as meta-llama/Meta-Llama-3-8B-Instruct"

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from mil_jax import disk
 from mil_jax.array_types import Params
@@ -29,6 +31,9 @@ from mil_jax.errors import UserError
 
 CONFIG_FILE = "model_config.json"
 WEIGHTS = "weights"
+
+# Seconds that a save which failed has to end before what it wrote is in the way.
+_PATIENCE = 60.0
 
 # What a model needs besides its weights to be used and exported.
 TOKENIZER_FILES = (*ASSETS, GENERATION_CONFIG)
@@ -128,11 +133,12 @@ class RunCheckpoints:
         Raises:
             UserError: The folder cannot be made.
         """
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, create=True, cleanup_tmp_directories=True
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
         self._directory = directory
         with self._writing():
+            if jax.process_index() == 0:
+                _remove_unfinished(directory)
+            multihost_utils.sync_global_devices(f"{directory} is clean")
             self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def latest_step(self) -> int | None:
@@ -151,6 +157,19 @@ class RunCheckpoints:
         )
         with self._writing():
             self._manager.save(step, args=items, force=True)
+
+    def check_for_errors(self) -> None:
+        """Tells of a checkpoint that could not be written; waits for none.
+
+        Raises:
+            UserError: The newest one has failed.
+        """
+        # The manager's own check mostly comes after its thread, which has the error then.
+        # Coming first it takes the error away, and the thread deletes an old checkpoint
+        # as if this one were complete.
+        if not self._manager.is_saving_in_progress():
+            with self._writing():
+                self._manager.wait_until_finished()
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """Returns what `save` wrote, with the shardings of `abstract_state`.
@@ -187,6 +206,24 @@ class RunCheckpoints:
             kept = f"after step {max(steps)}" if steps else "from the start"
             with disk.writing(self._directory, f"the same command then goes on {kept}"):
                 raise
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Removes checkpoints that were not completed.
+
+    Their writers may still be at it: of a failed save Orbax tells the first error while
+    the other parts go on, and offers nothing to wait for.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    for path in directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+        while path.exists():
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                written_to = error.errno in (errno.ENOTEMPTY, errno.ENOENT)
+                if not written_to or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
 
 
 def read_config(path: Path) -> ModelConfig:

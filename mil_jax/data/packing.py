@@ -57,20 +57,6 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     return bins
 
 
-def pack_examples(
-    examples: Sequence[Example], max_length: int, pad_id: int = 0
-) -> Rows:
-    """Packs examples first fit into as few rows as that gives, padded on the right.
-
-    Raises:
-        ValueError: An example is empty or longer than `max_length`.
-    """
-    bins = pack([len(example.tokens) for example in examples], max_length)
-    return lay_out(
-        [[examples[i] for i in members] for members in bins], max_length, pad_id
-    )
-
-
 def lay_out(rows: Sequence[Sequence[Example]], length: int, pad_id: int = 0) -> Rows:
     """Lays the examples of each row one after the other and pads on the right.
 

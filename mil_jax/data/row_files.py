@@ -1,6 +1,7 @@
 """Rows of JSON, JSON lines and Parquet files and of TFDS, with random access."""
 
 import bisect
+import codecs
 import glob
 import gzip
 import json
@@ -104,8 +105,10 @@ class JsonLines:
         # (line number, start, stop) of every line that is not blank
         self._lines: list[tuple[int, int, int]] = []
         pattern = re.compile(rb"[^\n]+")
-        line, position = 1, 0
-        for match in pattern.finditer(self._data):
+        # Editors of some systems begin a file with a mark.
+        has_mark = self._data[:3] == codecs.BOM_UTF8
+        line, position = 1, len(codecs.BOM_UTF8) if has_mark else 0
+        for match in pattern.finditer(self._data, position):
             # Only newlines lie between two matches, one per line passed.
             line += match.start() - position
             position = match.end()
@@ -142,7 +145,7 @@ class JsonArray:
         """Reads the file."""
         self._path = path
         try:
-            values = json.loads(path.read_text("utf-8"))
+            values = json.loads(path.read_text("utf-8-sig"))
         except json.JSONDecodeError as error:
             hint = "; name a file of JSON lines .jsonl" if "Extra" in error.msg else ""
             raise UserError(

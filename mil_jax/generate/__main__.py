@@ -11,7 +11,6 @@ with an "id" if you like. Started again, the command goes on where it was stoppe
 
 import functools
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +46,8 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     text("model", None, "Folder of a model or an export, hub id, or demo_teacher.")
     text("draft", None, "The same of a draft; default none.")
-    text("k", "4", "Tokens that the draft proposes per step; auto: what pays best.")
+    per_step = "Tokens that the draft proposes per step, at most 19; auto: what pays."
+    text("k", "4", per_step)
     text("prompt", None, "Text to answer in the terminal.")
     text("input", None, "JSON lines to answer.")
     text("output", None, "JSON lines with the answers.")
@@ -87,9 +87,6 @@ def main(given: flags.FlagValues, argv: Sequence[str]) -> None:
         raise UserError(
             "the device's memory is full; lower --batch_size or --max_new_tokens"
         ) from error
-    except BrokenPipeError:  # Whoever read the answer has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
     sys.exit(1 if num_errors else 0)
 
 
@@ -145,7 +142,7 @@ def answer_prompt(options: "Options", prompt: str) -> None:
     plan = make_plan(options)
     tokens = plan.encode(prompt)
     running = engine.load(plan)
-    printed = ""
+    printed, remark = "", ""
 
     def show(text: str) -> None:
         nonlocal printed
@@ -154,10 +151,12 @@ def answer_prompt(options: "Options", prompt: str) -> None:
             printed = text
 
     try:
-        running.answer([tokens], [0], block=STREAM_BLOCK, show=show)
+        (answer,) = running.answer([tokens], [0], block=STREAM_BLOCK, show=show)
+        if answer.finish == "length":
+            remark = f"; cut at the limit (max_new_tokens, {options.max_new_tokens})"
     finally:
         print(flush=True)
-        logger.info(running.speed.line())
+        logger.info(running.speed.line() + remark)
 
 
 def answer_file(options: "Options", source: Path, target: Path, batch_size: int) -> int:
@@ -167,9 +166,9 @@ def answer_file(options: "Options", source: Path, target: Path, batch_size: int)
 
     plan = make_plan(options)
     done = files.answer_file(plan, engine.load, source, target, batch_size=batch_size)
-    if done.engine is None:
+    if not done.written:
         logger.info("%s was complete already", target)
-    elif done.engine.speed.prompt_tokens:
+    elif done.engine is not None:
         logger.info(done.engine.speed.line())
     if done.errors:
         text = "%d of %d lines of %s have an error instead of an answer"

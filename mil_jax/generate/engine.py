@@ -63,12 +63,14 @@ class Speed:
             f"prompt {_rate(self.prompt_tokens, self.prompt_seconds)}",
             f"answer {_rate(self.tokens, self.seconds)}",
         ]
-        if self.accepted_at is not None:
-            steps = max(self.num_steps, 1)
-            tried = np.maximum(self.tried_at, 1)
-            shares = " ".join(f"{share:.0%}" for share in self.accepted_at / tried)
-            parts.append(f"{self.gained / steps:.2f} tokens per step")
-            parts.append(f"accepted at 1 to {self.accepted_at.size}: {shares}")
+        if self.num_steps:
+            parts.append(f"{self.gained / self.num_steps:.2f} tokens per step")
+            # Where K is chosen, the last positions may never be.
+            tried = np.flatnonzero(self.tried_at)
+            shares = self.accepted_at[tried] / self.tried_at[tried]
+            if tried.size:
+                text = " ".join(f"{share:.0%}" for share in shares)
+                parts.append(f"accepted at 1 to {tried.size}: {text}")
         return "; ".join([*parts, f"compiled in {self.compile_seconds:.1f} s"])
 
 

@@ -34,11 +34,13 @@ class Outcome(NamedTuple):
     Attributes:
         lines: All its records.
         errors: Those of them without an answer.
-        engine: That made the answers; None if they were all there.
+        written: Those of them that were not there before.
+        engine: That made the answers; None if there were none to make.
     """
 
     lines: int
     errors: int
+    written: int
     engine: Engine | None
 
 
@@ -57,7 +59,7 @@ def answer_file(
 
     Args:
         plan: The model and what to do.
-        load: Makes the engine; called only if there is something to do.
+        load: Makes the engine; called only if there is something to answer.
         source: JSON lines, perhaps gzipped.
         target: New, or left behind by the same call.
         batch_size: Prompts answered together; may change between starts.
@@ -72,7 +74,7 @@ def answer_file(
     with _Records.open(target, _settings(plan, source)) as records:
         if records.count > len(rows):
             raise UserError(f"{target} has more lines than {source}; remove it")
-        engine = None if records.count == len(rows) else load(plan)
+        engine, before = None, records.count
         bar = progress(
             total=len(rows), initial=records.count, desc="generate", unit="prompt"
         )
@@ -83,11 +85,15 @@ def answer_file(
                 # its batches are the same.
                 first = records.count - records.count % size
                 chunk = range(first, min(first + size, len(rows)))
-                made = _answer_chunk(engine, rows, chunk, batch_size, bar)
+                made, prompts = _read_chunk(plan, rows, chunk)
                 new = made[records.count - first :]
                 _report(source, new)
+                _advance_bar(bar, chunk, len(chunk) - len(prompts))
+                if prompts:
+                    engine = engine or load(plan)
+                    _answer_chunk(engine, made, prompts, chunk, batch_size, bar)
                 records.append(new)
-        return Outcome(records.count, records.errors, engine)
+        return Outcome(records.count, records.errors, records.count - before, engine)
 
 
 @contextlib.contextmanager
@@ -112,18 +118,29 @@ def _open_source(path: Path) -> JsonLines:
     return rows
 
 
-def _answer_chunk(
-    engine: Engine, rows: JsonLines, chunk: range, batch_size: int, bar: tqdm
-) -> list[dict[str, Any]]:
-    """Returns a record per line."""
-    records: dict[int, dict[str, Any]] = {}
-    prompts: dict[int, np.ndarray] = {}
+def _read_chunk(
+    plan: Plan, rows: JsonLines, chunk: range
+) -> tuple[list[dict[str, Any]], dict[int, np.ndarray]]:
+    """Returns the beginning of every line's record, or its error, and the prompts."""
+    records, prompts = [], {}
     for i in chunk:
-        records[i], prompt = _read(engine.plan, rows, i)
+        record, prompt = _read(plan, rows, i)
+        records.append(record)
         if prompt is not None:
             prompts[i] = prompt
+    return records, prompts
+
+
+def _answer_chunk(
+    engine: Engine,
+    records: Sequence[dict[str, Any]],
+    prompts: Mapping[int, np.ndarray],
+    chunk: range,
+    batch_size: int,
+    bar: tqdm,
+) -> None:
+    """Adds the answers to the records."""
     order = sorted(prompts, key=lambda i: prompts[i].size)
-    _advance_bar(bar, chunk, len(chunk) - len(order))
     for at in range(0, len(order), batch_size):
         members = order[at : at + batch_size]
         # Always a full batch, so that the last one compiles nothing new.
@@ -135,9 +152,9 @@ def _answer_chunk(
             width=padded_width(prompts[members[-1]].size),
         )
         for i, answer in zip(members, answers, strict=True):
-            records[i] |= {"answer": answer.text, "finish": answer.finish}
+            end = {"answer": answer.text, "finish": answer.finish}
+            records[i - chunk.start].update(end)
         _advance_bar(bar, chunk, len(members))
-    return [records[i] for i in chunk]
 
 
 def _advance_bar(bar: tqdm, chunk: range, count: int) -> None:

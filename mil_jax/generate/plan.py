@@ -1,7 +1,9 @@
 """What a model is asked to do, checked against its config and tokenizer beforehand."""
 
 import dataclasses
+import functools
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +21,8 @@ from mil_jax.data.types import Message
 from mil_jax.errors import UserError
 from mil_jax.generate import draft_vocab, speculative
 from mil_jax.generate.sampler import Sampling
+
+logger = logging.getLogger(__name__)
 
 # A text, or a chat that waits for an answer.
 Request: TypeAlias = str | Sequence[Message]
@@ -88,6 +92,7 @@ class Plan:
         draft_vocab: The tokens that it may propose; None for all.
         tokenizer: The model's.
         is_chat: Whether requests go through the chat template.
+        draft_positions: How many the draft knows; None without attention or a draft.
     """
 
     options: Options
@@ -97,6 +102,7 @@ class Plan:
     draft_vocab: np.ndarray | None
     tokenizer: Tokenizer
     is_chat: bool
+    draft_positions: int | None = None
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -163,6 +169,20 @@ class Plan:
                     f"exceeds {name}, {limit}; "
                     + ("ask for fewer" if tokens.size < limit else "shorten the prompt")
                 )
+        most = self.draft_positions
+        if most is not None and tokens.size + self.options.max_new_tokens > most:
+            _warn_of_positions(self.options.draft, most)
+
+
+@functools.cache
+def _warn_of_positions(draft: str, limit: int) -> None:
+    # Answers are the model's in any case.
+    logger.warning(
+        "the draft %s knows %d positions (max_position_embeddings); beyond them fewer of "
+        "its tokens may be accepted",
+        draft,
+        limit,
+    )
 
 
 def make_plan(options: Options) -> Plan:
@@ -177,7 +197,7 @@ def make_plan(options: Options) -> Plan:
     is_chat = bool(tokenizer.chat_template) and options.chat is not False
     if options.system is not None and not is_chat:
         raise UserError(f"a system message needs a chat template; {folder} has none")
-    draft_folder, vocab = None, None
+    draft_folder, vocab, positions = None, None, None
     if options.draft is not None:
         draft_config, draft_folder = models.read_config(options.draft)
         if draft_config.vocab_size != config.vocab_size:
@@ -190,7 +210,11 @@ def make_plan(options: Options) -> Plan:
         if options.k != AUTO:
             speculative.check_models(config, draft_config, options.k)
         vocab = draft_vocab.load(draft_folder, config.vocab_size)
-    return Plan(options, config, folder, draft_folder, vocab, tokenizer, is_chat)
+        if "attention" in draft_config.layer_types:
+            positions = draft_config.max_position_embeddings
+    return Plan(
+        options, config, folder, draft_folder, vocab, tokenizer, is_chat, positions
+    )
 
 
 def _check_same_tokenizer(tokenizer: Tokenizer, draft: Path) -> None:

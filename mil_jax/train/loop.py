@@ -74,7 +74,8 @@ class Loop:
 
         Raises:
             UserError: The loss or a gradient is not finite; names step and batch. Nothing
-                after the last finite step is saved.
+                after the last finite step is saved. Or a checkpoint could not be written:
+                told at the first step after that is known.
             SystemExit: SIGTERM or Ctrl-C came; a checkpoint was written first.
         """
         checkpoints = RunCheckpoints(self.folder / CHECKPOINTS)
@@ -106,6 +107,7 @@ class Loop:
         waiting: tuple[int, Mapping[str, jax.Array], int] | None = None
         last_saved = start
         for step, batch in enumerate(self._batches(start), start):
+            checkpoints.check_for_errors()
             size = sum(v.size for name, v in batch.items() if name.endswith("tokens"))
             state, metrics = self.step_fn(state, frozen, teacher, batch)
             if waiting:

@@ -29,6 +29,7 @@ SMALL = {
 LARGE = {
     "paper_8b": Shape(8, 2048, 4096, 16, 64, 256),
     "paper_8b_training": Shape(2, 2048, 4096, 16, 64, 256),
+    "paper_8b_32k": Shape(1, 32768, 4096, 16, 64, 256),
     "paper_8b_packed": Shape(2, 2048, 4096, 16, 64, 256, segments=5),
     "mamba_2_8b": Shape(8, 2048, 5120, 16, 1, 1),
 }

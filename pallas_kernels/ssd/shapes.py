@@ -28,5 +28,6 @@ SMALL = {
 LARGE = {
     "paper_8b": Shape(8, 2048, 8, 32, 128, 128),
     "paper_8b_training": Shape(2, 2048, 8, 32, 128, 128),
+    "paper_8b_32k": Shape(1, 32768, 8, 32, 128, 128),
     "paper_8b_packed": Shape(2, 2048, 8, 32, 128, 128, segments=5),
 }

@@ -622,7 +622,8 @@ def test_unsupported_state_spaces_config(tmp_path, released, changes):
 
 
 @pytest.mark.parametrize(
-    "name", ["./nothing", "/no/folder", "~/nothing/x", "a/b/c", ""]
+    "name",
+    ["./nothing", "/no/folder", "~/nothing/x", "a/b/c", "nothing", "nothing/", ""],
 )
 def test_no_such_folder(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
@@ -667,7 +668,7 @@ def test_hub_repository_with_torch_files_only(tmp_path, released, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert hf_import.local_folder("some-model") == folder
+    assert hf_import.local_folder("some-org/some-model") == folder
     assert calls == ["model*.safetensors", "pytorch_model*.bin"]
 
 

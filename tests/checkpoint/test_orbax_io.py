@@ -209,7 +209,7 @@ class TestModels:
         ]
         try:
             for one in reversed(started):  # The one that may be too early.
-                out, err = one.communicate(timeout=60)
+                out, err = one.communicate(timeout=240)
                 assert one.returncode == 0, err
                 assert out.splitlines()[-1] == "0"
         finally:
@@ -326,6 +326,41 @@ class TestRunCheckpoints:
         assert checkpoints.restore(3, self._abstract())[1] == {"step": 3}
         checkpoints.close()
         assert [p.name for p in tmp_path.iterdir()] == ["3"]
+
+    @pytest.mark.parametrize("number", [errno.ENOTEMPTY, errno.ENOENT])
+    def test_unfinished_is_removed_although_still_written(
+        self, tmp_path, monkeypatch, number
+    ):
+        """As by what goes on of a save that failed."""
+        (tmp_path / "6.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+        rmtree, tried = shutil.rmtree, []
+
+        def written_to(path, *args, **kwargs):
+            tried.append(path)
+            if len(tried) < 3:
+                raise OSError(number, os.strerror(number))
+            rmtree(path, *args, **kwargs)
+
+        monkeypatch.setattr(shutil, "rmtree", written_to)
+        RunCheckpoints(tmp_path).close()
+        assert len(tried) == 3
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("number", [errno.ENOTEMPTY, errno.EACCES])
+    def test_unfinished_that_stays(self, tmp_path, monkeypatch, number):
+        """In the way for good, or for longer than is waited."""
+        (tmp_path / "6.orbax-checkpoint-tmp").mkdir()
+
+        def stays(*args, **kwargs):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(shutil, "rmtree", stays)
+        monkeypatch.setattr(orbax_io, "_PATIENCE", 0.2)
+        with pytest.raises(UserError) as error:
+            RunCheckpoints(tmp_path)
+        assert str(error.value).startswith(
+            f"cannot write {tmp_path} ({os.strerror(number)}); "
+        )
 
     def test_unreadable_is_not_damaged(self, tmp_path, monkeypatch):
         """A checkpoint that may be whole: nobody is told to delete it."""

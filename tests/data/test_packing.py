@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mil_jax.data.packing import lay_out, pack, pack_examples
+from mil_jax.data.packing import lay_out, pack
 from mil_jax.data.types import Example
 
 
@@ -79,12 +79,6 @@ class TestArrays:
         ]
         dtypes = [rows[k].dtype for k in ("tokens", "loss_mask", "segment_ids")]
         assert dtypes == [np.int32, bool, np.int32]
-
-    def test_pack_examples(self):
-        examples = [_example(*[i] * n) for i, n in ((1, 3), (2, 4), (3, 1), (4, 1))]
-        rows = pack_examples(examples, 5)
-        assert rows["tokens"].tolist() == [[1, 1, 1, 3, 4], [2, 2, 2, 2, 0]]
-        assert rows["segment_ids"].tolist() == [[1, 1, 1, 2, 3], [1, 1, 1, 1, 0]]
 
     def test_too_long(self):
         with pytest.raises(ValueError, match="row 0 has 5 tokens; there is room for 4"):

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from mil_jax.data import demo_world
+from mil_jax.data import demo_world, row_files
 from mil_jax.data.row_files import RowError
 from mil_jax.data.sources import conversations, digests, preference_pairs, prompts
 from mil_jax.errors import UserError
@@ -330,3 +330,17 @@ class TestErrors:
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(UserError, match=rf"needs {module}; .*mil_jax\[data\]"):
             conversations(spec.format(tmp_path))
+
+
+@pytest.mark.parametrize("start", ["", "\n", '{"n": 0}\n'])
+def test_a_mark_of_utf8_at_the_beginning_is_no_text(tmp_path, start):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(start + '{"n": 1}', "utf-8-sig")
+    rows = row_files.JsonLines(path)
+    last = len(rows) - 1
+    assert (rows[0]["n"], rows[last]["n"]) == (1 - last, 1)
+    assert rows.line(last) == 1 + start.count("\n")
+    path.write_text('[{"n": 1}]', "utf-8-sig")
+    assert row_files.JsonArray(path)[0] == {"n": 1}
+    path.write_text("", "utf-8-sig")
+    assert len(row_files.JsonLines(path)) == 0

@@ -12,7 +12,8 @@ from mil_jax.errors import UserError
 from mil_jax.generate import adaptive, decode, speculative
 from mil_jax.generate.adaptive import Chooser
 
-PLAIN, DRAFT, HOST = 4.0, 0.4, 0.3  # Milliseconds of a step, a draft, a block.
+# Milliseconds of a step, a draft, a block, and what a draft reads that was left behind.
+PLAIN, DRAFT, HOST, CATCH_UP = 4.0, 0.4, 0.3, 1.0
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +43,7 @@ class World:
             state, accepted_at=state.accepted_at.copy(), tried_at=state.tried_at.copy()
         )
         if k and state.is_behind:
-            self.now += 1.0
+            self.now += CATCH_UP
         self.now += HOST
         for _ in range(num_steps):
             wins = self.rng.random(k) < self.rate(self.made)
@@ -69,25 +70,90 @@ def test_compilation_for_another_width_is_not_counted(monkeypatch):
     slow = dataclasses.replace(world.state, cache=np.zeros((1, 99)))
 
     def compiling(state, num_steps, *, k):
-        world.now += 5e3
+        if state is slow:
+            world.now += 5e3
         return world.advance(state, num_steps, k=k)
 
     chooser.run(compiling, slow)
-    assert chooser.milliseconds == before
+    assert chooser.milliseconds == pytest.approx(before, abs=HOST)
 
 
-@pytest.mark.parametrize(("k_max", "choices"), [(0, None), (8, (16,)), (8, (0, 2))])
-def test_impossible_choices_are_refused(k_max, choices):
-    with pytest.raises(UserError, match="cannot choose K"):
-        Chooser(k_max, choices)
+def test_no_k_is_refused():
+    with pytest.raises(UserError, match="the largest K is 0"):
+        Chooser(0)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.15, 0.3])
 @pytest.mark.parametrize("rate", [0.0, 0.05])
-def test_a_bad_draft_costs_little(monkeypatch, rate):
-    world, chooser = World(monkeypatch, lambda made: rate), Chooser(8)
-    assert PLAIN / world.run(chooser, 512) > 0.965  # While it learns.
-    assert PLAIN / world.run(chooser, 256) > 0.97
-    assert PLAIN / world.run(chooser, 2048) > 0.98
+def test_a_bad_draft_costs_little(monkeypatch, share, rate):
+    """A step with K drafts takes 1 + K share plain ones."""
+    monkeypatch.setitem(globals(), "DRAFT", share * PLAIN)
+    for tokens in (32, 64, 96, 128, 256, 512):
+        world, chooser = World(monkeypatch, lambda made: rate), Chooser(8)
+        assert PLAIN / world.run(chooser, tokens) > (0.97 if tokens >= 64 else 0.95)
+    # What was learnt is kept for the next batch.
+    world.state = dataclasses.replace(world.state, is_behind=False)
+    assert PLAIN / world.run(chooser, 128) > 0.975
+    assert PLAIN / world.run(chooser, 2048) > 0.985
+
+
+def test_catching_up_is_paid_for_too(monkeypatch):
+    for name in ("FIRST_WAIT", "LAST_WAIT"):
+        monkeypatch.setattr(adaptive, name, 16)
+    monkeypatch.setitem(globals(), "CATCH_UP", 4 * PLAIN)
+    world = World(monkeypatch, lambda made: 0.0)
+    assert PLAIN / world.run(Chooser(8), 2048) > 0.97
+
+
+def test_a_short_answer_pays_for_one_look(monkeypatch):
+    """Some plain steps, of which the first has a program of its own, then the least K."""
+    world = World(monkeypatch, lambda made: 0.0)
+    world.run(Chooser(8), 32)
+    assert world.used[:9] == [0] * 4 + [1] * 4 + [0]
+    assert world.used.count(1) == 4
+    assert set(world.used) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("rate", "share", "least"),
+    [(0.8, 0.074, 2.2), (0.8, 0.28, 1.35), (0.9, 0.074, 2.9), (0.9, 0.28, 1.6)],
+)
+def test_a_good_draft_is_found_in_an_answer_of_128_tokens(
+    monkeypatch, rate, share, least
+):
+    monkeypatch.setitem(globals(), "DRAFT", share * PLAIN)
+    times = []
+    for seed in range(20):
+        world = World(monkeypatch, lambda made: rate, seed=seed)
+        times.append(world.run(Chooser(8), 128))
+    assert PLAIN / np.mean(times) > least
+
+
+def test_a_draft_that_fails_after_long_costs_no_more_than_was_saved(monkeypatch):
+    world = World(monkeypatch, lambda made: 0.9 if made < 4000 else 0.0)
+    chooser = Chooser(8)
+    while world.made < 4000:
+        world.run(chooser, 1)
+    start, tokens = world.now, world.made
+    world.run(chooser, 256)
+    lost = (world.now - start) / PLAIN - (world.made - tokens)
+    assert 4 < lost < 20
+
+
+def test_a_look_that_another_program_disturbed_is_forgotten_soon(monkeypatch):
+    world, chooser = World(monkeypatch, lambda made: 0.8), Chooser(4)
+    disturbances = iter([500.0])  # Milliseconds, in the first look.
+
+    def disturbed(state, num_steps, *, k):
+        if k and num_steps > 1:
+            world.now += next(disturbances, 0.0)
+        return world.advance(state, num_steps, k=k)
+
+    while world.made < 600:
+        world.state = chooser.run(disturbed, world.state)
+    world.used.clear()
+    world.run(chooser, 400)
+    assert np.mean(np.array(world.used) > 1) > 0.8
 
 
 @pytest.mark.parametrize(("rate", "fair"), [(0.6, (2, 4)), (0.95, (8,))])
@@ -118,17 +184,18 @@ def test_what_changes_is_noticed(monkeypatch):
 
 def test_waits_between_two_looks_double(monkeypatch):
     world = World(monkeypatch, lambda made: 0.0)
+    monkeypatch.setitem(globals(), "DRAFT", 0.1)  # Looks are never too dear.
     world.run(Chooser(8), 9000)
     runs = [(k, len(list(steps))) for k, steps in itertools.groupby(world.used)]
     waits = [steps for k, steps in runs if k == 0]
-    assert waits[:7] == [128, 256, 512, 1024, 2048, 2048, 2048]
+    assert waits[:10] == [4, 32, 64, 128, 256, 512, 1024, 2048, 2048, 2048]
 
 
 def test_catching_up_is_no_part_of_a_step(monkeypatch):
     world, chooser = World(monkeypatch, lambda made: 0.0), Chooser(8)
     world.run(chooser, 3000)
     # All looks are blocks of four steps, each after plain ones.
-    assert chooser.milliseconds[2] == pytest.approx(PLAIN + 2 * DRAFT + HOST / 4)
+    assert chooser.milliseconds[1] == pytest.approx(PLAIN + DRAFT + HOST / 4, abs=0.01)
 
 
 def test_a_look_counts_for_more_than_what_is_remembered(monkeypatch):
@@ -151,7 +218,7 @@ def test_drafting_has_to_promise_some_gain(monkeypatch, gain, is_used):
     world.run(chooser, 200)
     world.used.clear()
     world.run(chooser, 100)
-    assert (1 in world.used) == is_used
+    assert (np.mean(world.used) > 0.5) == is_used
 
 
 def test_a_slow_block_moves_the_time_less_than_a_fast_one(monkeypatch):
@@ -174,24 +241,26 @@ def test_a_slow_block_moves_the_time_less_than_a_fast_one(monkeypatch):
     assert within(before - 1.0) <= before - 0.45
 
 
-def test_blocks_are_no_longer_than_the_limit(monkeypatch):
+@pytest.mark.parametrize("limit", [1, 3])
+def test_blocks_are_no_longer_than_the_limit(monkeypatch, limit):
     world, chooser = World(monkeypatch, lambda made: 0.9), Chooser(4)
     for _ in range(20):
         before = len(world.used)
-        world.state = chooser.run(world.advance, world.state, limit=3)
-        assert 1 <= len(world.used) - before <= 3
+        world.state = chooser.run(world.advance, world.state, limit=limit)
+        assert 1 <= len(world.used) - before <= limit
+    assert set(chooser.milliseconds) > {0, 1}
 
 
 def test_choices():
     assert Chooser(8).choices == (1, 2, 4, 8)
     assert Chooser(5).choices == (1, 2, 4, 5)
     assert Chooser(1).choices == (1,)
-    assert Chooser(6, (2, 6)).choices == (2, 6)
 
 
 @pytest.mark.parametrize("name", ["mamba~", "mamba"])
 def test_answers_are_the_targets(monkeypatch, name):
     monkeypatch.setattr(adaptive, "FIRST_WAIT", 5)
+    monkeypatch.setattr(adaptive, "LOSS", 100.0)
     target, (draft, _) = tiny.model("mamba"), generation.draft(name)
     kwargs = {"max_new_tokens": 50, "eos_ids": ()}
     expected = decode.generate(target, generation.PROMPTS, **kwargs)
@@ -201,4 +270,4 @@ def test_answers_are_the_targets(monkeypatch, name):
     )
     assert answers.tokens.tolist() == expected.tokens.tolist()
     assert stats.num_steps == stats.steps.sum() > stats.tried_at[0] > 0
-    assert set(chooser.milliseconds) >= {0, 3}
+    assert set(chooser.milliseconds) >= {0, 1}

@@ -140,8 +140,9 @@ def expected(folder, tokenizer, prompts, count=24, **kwargs):
 class TestPrompt:
     @pytest.mark.parametrize("k", [None, "3", "auto"])
     def test_prints_the_text_and_nothing_else(
-        self, folder, tokenizer, capfd, monkeypatch, k
+        self, folder, tokenizer, capfd, monkeypatch, caplog, k
     ):
+        caplog.set_level("INFO", logger="mil_jax.generate")
         monkeypatch.setattr(command, "STREAM_BLOCK", 3)
         pieces = []
         monkeypatch.setattr(
@@ -154,6 +155,9 @@ class TestPrompt:
         args = (f"--model={folder}/model", f"--prompt={PROMPTS[0]}")
         assert run(*args, "--max_new_tokens=24", *more) == 0
         (tokens,) = expected(folder, tokenizer, PROMPTS[:1])
+        # The speed is told, and what ended the answer.
+        assert tokens[-1] != 5
+        assert caplog.messages[-1].endswith("; cut at the limit (max_new_tokens, 24)")
         printed = capfd.readouterr().out
         assert printed == engine.text_of(tokenizer, tokens) + "\n"
         assert len([piece for piece in pieces if piece and piece[0]]) > 2
@@ -209,6 +213,25 @@ class TestPrompt:
         )
 
 
+class TestSpeed:
+    def line(self, **kwargs):
+        return re.sub("^.*?tokens/s; .*?tokens/s; ", "", engine.Speed(**kwargs).line())
+
+    def test_only_positions_that_were_drafted_are_told(self):
+        accepted, tried = np.array([[3, 1, 0, 0], [4, 4, 2, 0]])
+        some = {"num_steps": 4, "gained": 8, "accepted_at": accepted}
+        assert self.line(**some, tried_at=tried) == (
+            "2.00 tokens per step; accepted at 1 to 3: 75% 25% 0%; compiled in 0.0 s"
+        )
+        none = "2.00 tokens per step; compiled in 0.0 s"
+        assert self.line(**some, tried_at=np.zeros(4)) == none
+
+    def test_nothing_is_told_of_no_steps(self):
+        zeros = np.zeros(4)
+        line = self.line(num_steps=0, accepted_at=zeros, tried_at=zeros)
+        assert line == self.line() == "compiled in 0.0 s"
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Good lines of both forms, and every kind of bad one, some blank."""
@@ -224,7 +247,7 @@ def source(tmp_path_factory):
         b'{"id": "q", "text": "Hi"}',
     ]
     lines[8:8] = [
-        b'{"prompt": ""}',
+        b'{"id": {"n": 7}, "prompt": ""}',
         json.dumps({"prompt": "long " * 200}).encode(),
         b'{"prompt": "\\ud800"}',
         b'{"messages": [{"role": "user"}]}',
@@ -312,7 +335,8 @@ class TestFile:
         assert list(errors) == list(parts)
         for line, part in parts.items():
             assert part in errors[line]
-        assert next(r for r in records if r.get("line") == 6)["id"] == "q"
+        ids = {r["line"]: r["id"] for r in records if "error" in r and "id" in r}
+        assert ids == {6: "q", 9: {"n": 7}}
 
     def test_batches_are_sorted_within_chunks_of_lines(self, undisturbed):
         """Chunks of four lines; the good ones are 0, 1, 5, 6, 12, 13 and 14."""
@@ -367,6 +391,32 @@ class TestFile:
         assert answer(folder, source, target) == 1
         assert target.read_bytes() == undisturbed.read_bytes()
 
+    def test_a_draft_changes_no_answer_and_a_failed_run_goes_on(
+        self, folder, source, undisturbed, tmp_path, monkeypatch
+    ):
+        """It stops in the third batch, the first of the second chunk with prompts."""
+        monkeypatch.setattr(files, "BATCHES_PER_CHUNK", 2)
+        target = tmp_path / "answers.jsonl"
+        draft = (f"--draft={folder}/draft", "--k=2")
+        whole = undisturbed.read_bytes().splitlines(keepends=True)
+        original, calls = engine.Engine.answer, iter(range(2))
+
+        def failing(self, *args, **kwargs):
+            if next(calls, None) is None:
+                raise RuntimeError("the device is gone")
+            assert self._draft is not None
+            return original(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.Engine, "answer", failing)
+            with pytest.raises(RuntimeError, match="the device is gone"):
+                answer(folder, source, target, *draft)
+        assert target.read_bytes() == b"".join(whole[:12])
+        batches = record_batches(monkeypatch)
+        assert answer(folder, source, target, *draft) == 1
+        assert target.read_bytes() == b"".join(whole)
+        assert batches == BATCHES[2:]
+
     def test_ctrl_c_says_how_far_it_came(
         self, folder, source, tmp_path, monkeypatch, caplog
     ):
@@ -388,6 +438,24 @@ class TestFile:
         monkeypatch.setattr(engine, "load", None)
         assert answer(folder, source, undisturbed) == 1
         assert undisturbed.read_bytes() == before
+
+    def test_a_file_of_bad_lines_needs_no_model(
+        self, folder, tmp_path, monkeypatch, caplog
+    ):
+        monkeypatch.setattr(engine, "load", None)
+        source = write_lines(tmp_path / "in.jsonl", [{"text": "Hi"}, {"prompt": ""}])
+        target = tmp_path / "out.jsonl"
+        assert answer(folder, source, target) == 1
+        assert [record["line"] for record in read_lines(target)] == [1, 2]
+        *lines, last = caplog.messages
+        assert [line.partition(": ")[0] for line in lines] == [
+            f"{source}, line 1",
+            f"{source}, line 2",
+        ]
+        assert last.startswith("2 of 2 lines of")
+        with caplog.at_level("INFO"):
+            answer(folder, source, target)
+        assert f"{target} was complete already" in caplog.messages
 
     def test_other_options_are_refused(self, folder, source, undisturbed, tmp_path):
         before = undisturbed.read_bytes()
@@ -427,7 +495,8 @@ class TestFile:
             texts.append([record["answer"] for record in read_lines(target)])
         assert texts[0] == texts[1] != texts[2]
 
-    def test_stop_strings(self, folder, tokenizer, tmp_path):
+    @pytest.mark.parametrize("k", [0, 2])
+    def test_stop_strings(self, folder, tokenizer, tmp_path, k):
         """The row that stops is cut there, the other goes on."""
         rows = expected(folder, tokenizer, PROMPTS[:2])
         whole = [engine.text_of(tokenizer, row) for row in rows]
@@ -436,7 +505,8 @@ class TestFile:
             tmp_path / "in.jsonl", [{"prompt": p} for p in PROMPTS[:2]]
         )
         target = tmp_path / "out.jsonl"
-        assert answer(folder, source, target, f"--stop={stop}") == 0
+        draft = [f"--draft={folder}/draft", f"--k={k}"] if k else []
+        assert answer(folder, source, target, f"--stop={stop}", *draft) == 0
         first, second = read_lines(target)
         assert first["answer"] == whole[0][: whole[0].index(stop)]
         assert (first["finish"], second["answer"]) == ("stop", whole[1])
@@ -513,6 +583,7 @@ class TestRefused:
     def test_more_drafts_than_the_kernel_takes(self, folder):
         models = (f"--model={folder}/model", f"--draft={folder}/draft", "--prompt=Hi")
         assert "at most 19 tokens are drafted a step" in refused(*models, "--k=20")
+        assert "at most 19;" in commands.parse(command)["k"].help
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -600,6 +671,26 @@ class TestPlan:
         config = dataclasses.replace(plan.config, eos_token_ids=(7,))
         assert dataclasses.replace(plan, config=config).eos_ids == (5, 7)
 
+    def test_a_draft_with_fewer_positions_is_told_of_once(
+        self, folder, tmp_path, caplog
+    ):
+        draft = tmp_path / "draft"
+        draft.mkdir()
+        config = dataclasses.replace(CONFIG, max_position_embeddings=40)
+        text = json.dumps(orbax_io.model_config_to_dict(config))
+        draft.joinpath(orbax_io.CONFIG_FILE).write_text(text)
+        options = Options(f"{folder}/model", str(draft), max_new_tokens=34)
+        plan = make_plan(options)
+        assert plan.encode("Hi").size == 6
+        assert not caplog.messages
+        plan = make_plan(dataclasses.replace(options, max_new_tokens=35))
+        plan.encode("Hi")
+        plan.encode("Hi")
+        assert caplog.messages == [
+            f"the draft {draft} knows 40 positions (max_position_embeddings); beyond them "
+            "fewer of its tokens may be accepted"
+        ]
+
     def test_models_without_attention_have_no_positions(self):
         plan = make_plan(Options("demo_teacher", max_new_tokens=5000))
         config = dataclasses.replace(tiny.CONFIGS["pure"], vocab_size=512)
@@ -625,8 +716,8 @@ def test_as_a_command(tmp_path, folder):
     messages = [
         line for line in lines if line.strip() and not line.startswith("generate:")
     ]
-    assert messages[0].startswith(f"reading {folder}/model; ")
-    assert messages[1].startswith(f"{source}, line 2: unknown form with the keys text")
+    assert messages[0].startswith(f"{source}, line 2: unknown form with the keys text")
+    assert messages[1].startswith(f"reading {folder}/model; ")
     assert messages[2].startswith("prompt 6 tokens at ")
     assert messages[3:] == [
         f"1 of 2 lines of {target} have an error instead of an answer"

@@ -59,6 +59,8 @@ def simulate(is_wrong, row, k, count=COUNT):
 @pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])
 def test_every_pattern(kind, k):
+    """All by one program."""
+    programs = set()
     for name, is_wrong in WRONG.items():
         answers, stats = speculative.generate(
             tiny.model(kind),
@@ -73,6 +75,9 @@ def test_every_pattern(kind, k):
         assert stats.steps.tolist() == [len(run) for run in runs], name
         counts = [sum(n > i for run in runs for n in run) for i in range(k)]
         assert stats.accepted_at.tolist() == counts, name
+        programs.add(speculative._advance._cache_size())
+    assert len(programs) == 1
+    assert programs.pop() > 0
 
 
 @pytest.mark.parametrize("place", range(1, 9))

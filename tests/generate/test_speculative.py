@@ -56,6 +56,15 @@ def test_an_equal_draft_is_always_right(kind, k):
     generation.check_equal_draft(kind, k)
 
 
+def test_more_drafts_than_the_window_is_wide(monkeypatch):
+    """Eight in a hybrid whose attention sees five positions."""
+    kinds = {"layer_types": ("mamba2", "attention"), "ssm": tiny.MAMBA2_SSM}
+    config = dataclasses.replace(tiny.CONFIGS["rich"], **kinds)
+    monkeypatch.setitem(tiny.CONFIGS, "rich_mamba2", config)
+    assert config.sliding_window == 5
+    generation.check_some_accepted("rich_mamba2", "rich_mamba2~", 8)
+
+
 @pytest.mark.parametrize("prompt", generation.PROMPTS[:2])
 def test_one_row(prompt):
     generation.check_speculation("mamba", "mamba~", 3, prompts=(prompt,))

@@ -122,6 +122,7 @@ def test_every_shape_has_a_case():
             inputs = jax.eval_shape(case.make, jax.random.key(0))
             assert "reference" in case.implementations and inputs
             assert set(case.costs) <= set(bench.PASSES)
+            assert max(case.tolerance[pass_] for pass_ in case.costs) <= 1e-2
 
 
 def test_command_line_merges_rows(tmp_path, capsys, monkeypatch):
@@ -139,12 +140,20 @@ def test_command_line_merges_rows(tmp_path, capsys, monkeypatch):
     assert first["commit"] == "abc" and set(first["versions"]) == {"jax", "jaxlib"}
     assert set(first) == {"device", "versions", "commit", "date", "rows"}
     fields = ("op", "pass", "shape", "implementation", "ms", "floor_ms", "xla_ms")
-    assert all(tuple(row) == fields for row in first["rows"])
+    assert all(tuple(row) == (*fields, "commit", "date") for row in first["rows"])
     assert bench.main([*argv, "--shape", "a", "--shape", "b"]) == 0
-    rows = json.loads(out.read_text())["rows"]
-    assert sorted((r["shape"], r["pass"]) for r in rows) == sorted(
-        (shape, pass_) for shape in "ab" for pass_ in bench.PASSES
-    )
+    monkeypatch.setenv("MIL_JAX_COMMIT", "def")
+    assert bench.main([*argv, "--shape", "b"]) == 0
+    merged = json.loads(out.read_text())
+    rows = merged["rows"]
+    # The header tells of the newest run only: a row says which code it is from.
+    assert merged["commit"] == "def"
+    assert len(rows) == 4
+    assert {(r["shape"], r["pass"]): r["commit"] for r in rows} == {
+        (shape, pass_): commit
+        for shape, commit in (("a", "abc"), ("b", "def"))
+        for pass_ in bench.PASSES
+    }
     assert "vs XLA" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         bench.main(["--op", "op", "--shape", "c"])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import jaxprs
 
 from pallas_kernels import dispatch
 from pallas_kernels.selective_scan import (
@@ -88,6 +89,16 @@ def case(name, make_segments):
     return inputs, ids, cotangents
 
 
+def rounded(inputs, dy):
+    """Inputs and cotangent with bfloat16 arrays, and the same values in float32."""
+    low = {
+        k: jnp.asarray(v, jnp.bfloat16) if k in BF16_INPUTS else v
+        for k, v in inputs.items()
+    }
+    low = low, jnp.asarray(dy, jnp.bfloat16)
+    return low, jax.tree.map(lambda v: np.asarray(v).astype(np.float32), low)
+
+
 def tokens(inputs, start, stop):
     """The same inputs for tokens start:stop."""
     along = ("x", "dt", "B", "C", "z")
@@ -133,6 +144,20 @@ def test_reference_gradients_are_the_differences(
     assert max(errors.values()) < 1e-5, errors
 
 
+def test_no_array_of_all_states():
+    """[B, L, E, N] exists neither forward nor backward, but in the reference."""
+    shape = shapes.Shape(2, 512, 32, 16, 1, 2)
+    inputs, (dy, dh) = make_inputs(shape)
+    (low, dy), _ = rounded(inputs, dy)
+    largest = {}
+    for name in api.IMPLEMENTATIONS:
+        traced = pull_back.trace(name, low, None, (dy, dh))
+        largest[name] = jaxprs.largest(traced.jaxpr.jaxpr)
+    states = shape.batch * shape.length * shape.d_inner * shape.d_state
+    assert largest.pop("reference") >= states
+    assert max(largest.values()) <= states / 2, largest
+
+
 @pytest.mark.parametrize("implementation", OTHERS)
 class TestEveryImplementation:
     @pytest.mark.parametrize("name", shapes.SMALL)
@@ -143,16 +168,9 @@ class TestEveryImplementation:
 
     def test_bfloat16(self, implementation, make_segments, assert_tree_close):
         inputs, ids, (dy, dh) = case("gqa_packed", make_segments)
-        low = {
-            k: jnp.asarray(v, jnp.bfloat16) if k in BF16_INPUTS else v
-            for k, v in inputs.items()
-        }
-        dy = jnp.asarray(dy, jnp.bfloat16)
+        (low, dy), (up, up_dy) = rounded(inputs, dy)
         outputs, gradients = pull_back(implementation, low, ids, (dy, dh))
-        up = {k: np.asarray(v).astype(np.float32) for k, v in low.items()}
-        expected = pull_back(
-            "reference", up, ids, (np.asarray(dy).astype(np.float32), dh)
-        )
+        expected = pull_back("reference", up, ids, (up_dy, dh))
         assert_tree_close((outputs, gradients), expected, 1e-2)
         assert outputs[0].dtype == jnp.bfloat16 and outputs[1].dtype == jnp.float32
         assert all(gradients[k].dtype == low[k].dtype for k in low)
@@ -292,6 +310,53 @@ def test_gradients_of_tiles_of_channels(
     up = {k: np.asarray(v).astype(np.float32) for k, v in low.items()}
     expected = pull_back("reference", up, ids, (np.asarray(dy).astype(np.float32), dh))
     assert_tree_close(found, expected, 1e-2)
+    # The same programs with steps from none to huge, each exact in bfloat16.
+    sizes = np.array([-(2.0**30), -50.0, 0.0, 5.0, 1e3], np.float32)
+    dt = np.random.default_rng(3).choice(sizes, low["dt"].shape)
+    low, up = low | {"dt": jnp.asarray(dt, jnp.bfloat16)}, up | {"dt": dt}
+    found = pull_back("pallas_triton", low, ids, (dy, dh))
+    expected = pull_back("reference", up, ids, (np.asarray(dy).astype(np.float32), dh))
+    assert_tree_close(found, expected, 1e-2)
+
+
+def test_tiles_over_many_steps(assert_tree_close):
+    inputs, (dy, _) = make_inputs(shapes.Shape(1, 500, 16, 16, 1, 1))
+    (low, _), (up, _) = rounded(inputs, dy)
+    found = forward("pallas_triton", low)
+    assert_tree_close(found, forward("reference", up), 1e-2)
+
+
+def test_tiles_a_token_at_a_time(assert_tree_close):
+    """Calls of one step in a loop, under vmap and remat, are one call of all steps."""
+    inputs, (dy, dh) = make_inputs(shapes.Shape(2, 7, 16, 16, 1, 1))
+    (low, dy), (up, up_dy) = rounded(inputs, dy)
+    shared = {"A", "D", "dt_bias"}
+
+    def row(inputs):
+        fixed = {k: inputs[k] for k in shared}
+        along = {k: inputs[k][:, None, None] for k in BF16_INPUTS}
+
+        @jax.checkpoint
+        def token(h, now):
+            scan = functools.partial(selective_scan, implementation="pallas_triton")
+            y, h = scan(**fixed, **now, initial_state=h)
+            return h, y
+
+        h, y = jax.lax.scan(token, inputs["initial_state"][None], along)
+        return y[:, 0, 0], h[0]
+
+    @quick_jit
+    def mapped(inputs):
+        axes = ({k: None if k in shared else 0 for k in inputs},)
+        outputs, vjp = jax.vjp(jax.vmap(row, in_axes=axes), inputs)
+        return outputs, vjp((dy, dh))[0]
+
+    expected = pull_back("reference", up, None, (up_dy, dh))
+    assert_tree_close(mapped(low), expected, 1e-2)
+    (_, h), gradients = mapped(low | {"dt": jnp.full_like(low["dt"], -1e9)})
+    np.testing.assert_array_equal(h, inputs["initial_state"])
+    np.testing.assert_array_equal(gradients["dt"].astype(np.float32), 0.0)
+    assert all(np.isfinite(g.astype(np.float32)).all() for g in gradients.values())
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,17 @@
 """The selective scan's GPU kernel: lowering without a GPU, refusals, real shapes on one."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import dispatch
 from pallas_kernels.selective_scan import chunked, pallas_triton, selective_scan, shapes
 
-DEVICES = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3")
+H200_MULTIPROCESSORS = 132
 ONE_WARP = shapes.Shape(1, 130, 40, 16, 1, 5)
 
 
@@ -48,67 +48,62 @@ def gradients(inputs, ids=None):
     return jax.grad(loss)(inputs)
 
 
-def lowered(device, function, *arguments):
-    device = AbstractDevice(device_kind=device, num_cores=None, platform="cuda")
-    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(function).trace(*arguments)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_lowers_for_cuda_without_a_gpu(device):
-    inputs = abstract_inputs(shapes.LARGE["paper_8b"], jnp.bfloat16)
-    text = lowered(device, gradients, inputs)
+@pytest.mark.parametrize("name", ["paper_8b", "mamba_2_8b"])
+def test_lowers_for_cuda_without_a_gpu(name, lower_for_cuda):
+    inputs = abstract_inputs(shapes.LARGE[name], jnp.bfloat16)
+    text = lower_for_cuda(gradients, inputs)
     assert text.count("__gpu$xla.gpu.triton") == 2
     assert "selective_scan_forward_kernel" in text
     assert "selective_scan_backward_kernel" in text
 
 
-def test_lowers_with_kept_states(monkeypatch):
+def test_lowers_with_kept_states(monkeypatch, lower_for_cuda):
     """The states kept for the walk back are bfloat16, one for every `apart` steps."""
     layout = pallas_triton.fragments.Layout(warps=16, apart=4, kept=True)
     monkeypatch.setattr(pallas_triton.fragments, "LAYOUT", layout)
     inputs = abstract_inputs(shapes.Shape(1, 128, 64, 16, 1, 4), jnp.bfloat16)
-    text = lowered(DEVICES[1], gradients, inputs)
+    text = lower_for_cuda(gradients, inputs)
     assert "tensor<1x32x64x16xbf16>" in text
     assert "selective_scan_backward_kernel" in text
 
 
-def test_lowers_packed_ragged_and_float32():
+def test_lowers_packed_ragged_and_float32(lower_for_cuda):
     inputs = abstract_inputs(ONE_WARP, jnp.float32, options=False)
     ids = jax.ShapeDtypeStruct((1, 130), jnp.int32)
-    assert "selective_scan_backward_kernel" in lowered(
-        DEVICES[0], gradients, inputs, ids
-    )
+    assert "selective_scan_backward_kernel" in lower_for_cuda(gradients, inputs, ids)
 
 
 @pytest.mark.parametrize("groups", [3, 6])
-def test_lowers_packed_ragged_tiles(groups):
+def test_lowers_packed_ragged_tiles(groups, lower_for_cuda):
     """Tiles of 16 and of 8 channels, for lengths no multiple of their steps."""
     shape = shapes.Shape(1, 130, 48, 16, 1, groups)
     inputs = abstract_inputs(shape, jnp.bfloat16, options=False)
     ids = jax.ShapeDtypeStruct((1, 130), jnp.int32)
-    text = lowered(DEVICES[1], scan, inputs, ids)
+    text = lower_for_cuda(scan, inputs, ids)
     assert text.count("__gpu$xla.gpu.triton") == 1
 
 
-def test_a_small_batch_is_cut_in_time():
-    """Long rows of a small batch run as several programs, in two passes each way."""
-    shape = shapes.Shape(1, 640, 64, 16, 1, 4)
-    inputs = abstract_inputs(shape, jnp.bfloat16)
-    text = lowered(DEVICES[1], gradients, inputs)
+def test_one_long_row_fills_the_gpu(lower_for_cuda):
+    """It is cut in time: several programs, in two passes each way.
+
+    A program of 16 warps has a multiprocessor to itself. One more chunk would be more
+    programs than the 132 of an H200 and so a second round, for which all others wait.
+    """
+    inputs = abstract_inputs(shapes.LARGE["paper_8b_32k"], jnp.bfloat16)
+    text = lower_for_cuda(gradients, inputs)
     for kernel in ("local_state", "forward", "local_adjoint", "backward"):
         assert f"selective_scan_{kernel}_kernel" in text
-    assert text.count("__gpu$xla.gpu.triton") == 4
+    programs = [int(count) for count in re.findall(r"grid_x = (\d+)", text)]
+    assert len(programs) == 4
+    assert 0.95 * H200_MULTIPROCESSORS <= min(programs)
 
 
-def test_vmap_lowers():
+def test_vmap_lowers(lower_for_cuda):
     inputs = {
         k: jax.ShapeDtypeStruct((2, 3, *v.shape), v.dtype)
         for k, v in abstract_inputs(ONE_WARP, jnp.bfloat16, options=False).items()
     }
-    text = lowered(DEVICES[1], jax.vmap(jax.vmap(scan)), inputs)
+    text = lower_for_cuda(jax.vmap(jax.vmap(scan)), inputs)
     assert text.count("__gpu$xla.gpu.triton") == 1
 
 

@@ -1,6 +1,7 @@
 """SSD's kernels for CUDA GPUs lower without one, and decline what they cannot run."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def pull_back(inputs, segment_ids):
 # With the number of kernels of a forward and a backward pass.
 CASES = {
     "paper_8b": (shapes.LARGE["paper_8b"], jnp.bfloat16, 7),
-    "in_parts": (shapes.Shape(1, 32768, 8, 32, 128, 128), jnp.bfloat16, 9),
+    "paper_8b_32k": (shapes.LARGE["paper_8b_32k"], jnp.bfloat16, 9),
     "odd_sizes": (shapes.SMALL["gqa_packed"], jnp.float32, 7),
 }
 
@@ -45,13 +46,18 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_lowers_for_cuda(name, lower_for_cuda):
     shape, dtype, both = CASES[name]
-    inputs = arguments(shape, dtype, options=name != "in_parts")
+    inputs = arguments(shape, dtype, options=name != "paper_8b_32k")
     if name == "paper_8b":
         text = lower_for_cuda(lambda i: scan(**i), inputs)
         assert text.count("xla.gpu.triton") == 2
     ids = jax.ShapeDtypeStruct(shape[:2], jnp.int32)
     text = lower_for_cuda(pull_back, inputs, ids)
     assert text.count("xla.gpu.triton") == both
+    if name == "paper_8b_32k":
+        # One row alone is cut in time: no multiprocessor of an H200 is without work.
+        grids = re.findall(r"grid_x = (\d+) : i32, grid_y = (\d+)", text)
+        assert len(grids) == both
+        assert min(int(x) * int(y) for x, y in grids) >= 132
 
 
 @pytest.mark.parametrize("change", ["platform", "x", "width"])

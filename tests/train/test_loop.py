@@ -10,6 +10,7 @@ import os
 import pkgutil
 import shutil
 import signal
+import time
 
 import pytest
 
@@ -234,17 +235,27 @@ class TestFullDisk:
         assert _saved(tmp_path) == [3, 6]
         self._goes_on(undisturbed, tmp_path, one_device, 6)
 
-    def test_checkpoint(self, undisturbed, tmp_path, one_device, monkeypatch):
-        """Told when the next one is due."""
-        dumps = json.dumps
+    @pytest.mark.parametrize("is_waited_for", [True, False])
+    def test_checkpoint(
+        self, undisturbed, tmp_path, one_device, monkeypatch, is_waited_for
+    ):
+        """Told at the first step after it has failed, in the background."""
+        dumps, save = json.dumps, RunCheckpoints.save
 
         def full(value, **kwargs):
             if isinstance(value, dict) and value.get("step") == 6:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return dumps(value, **kwargs)
 
+        def save_and_wait(self, *args):
+            save(self, *args)
+            while self._manager.is_saving_in_progress():
+                time.sleep(0.01)
+
         with monkeypatch.context() as patch:
             patch.setattr(json, "dumps", full)
+            if is_waited_for:
+                patch.setattr(RunCheckpoints, "save", save_and_wait)
             with pytest.raises(UserError) as error:
                 run(tmp_path, one_device)
         folder = tmp_path / CHECKPOINTS
@@ -252,6 +263,8 @@ class TestFullDisk:
             f"cannot write {folder} (No space left on device); free some space, the same "
             "command then goes on after step 3"
         )
+        if is_waited_for:
+            assert [row["step"] for row in _rows(tmp_path)] == list(range(6))
         self._goes_on(undisturbed, tmp_path, one_device, 3)
         assert _saved(tmp_path) == [9, 10]
 
