@@ -260,6 +260,7 @@ def selective_scan(
     dt_bias,
     initial_state,
     segment_ids,
+    checkpoint_every=kernels.BLOCK,
     interpret=False,
 ):
     """Returns (y, final_state); see `api.selective_scan` for the arguments.
@@ -280,11 +281,26 @@ def selective_scan(
         dt_bias=dt_bias,
         initial_state=initial_state,
         segment_ids=segment_ids,
+        checkpoint_every=checkpoint_every,
         interpret=interpret,
     )
 
 
-def scan(x, dt, A, B, C, *, D, z, dt_bias, initial_state, segment_ids, interpret):
+def scan(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D,
+    z,
+    dt_bias,
+    initial_state,
+    segment_ids,
+    checkpoint_every=kernels.BLOCK,
+    interpret,
+):
     """`selective_scan` without the look at the platform."""
     f32 = jnp.float32
     (batch, length, channels), state = x.shape, A.shape[1]
@@ -325,7 +341,7 @@ def scan(x, dt, A, B, C, *, D, z, dt_bias, initial_state, segment_ids, interpret
     plan = dataclasses.replace(
         plan,
         chunk=_chunk_length(length, plan.programs * plan.warps),
-        kept_every=fragments.kept_every(plan, used),
+        kept_every=fragments.kept_every(plan, used, checkpoint_every),
     )
     y, h = _scan(plan, x, dt, A, B, C, D, z, dt_bias, initial_state, restart)
     return y, h[..., :state]

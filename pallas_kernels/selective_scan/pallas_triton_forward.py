@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.selective_scan import pallas_triton_bfloat16 as rough
 from pallas_kernels.selective_scan import pallas_triton_kernels as common
 from pallas_kernels.selective_scan import warp_tiles
 
@@ -42,24 +43,21 @@ class Tile:
     Attributes:
       channels: Channels of a warp, 16 or 8.
       warps: Warps of a program, at most; a divisor of theirs where they do not fill it.
-      ahead: Groups of steps, 1 or more, between a group's loads and its computation.
-      held: Whether the steps wait, behind a barrier of the program, for the loads to be
-        issued. With `ahead` = 1 the compiler would move these to the end of the steps.
-      spread: Whether step sizes pass from lane to lane for a whole group beforehand, or
-        at each step, in fewer registers.
+      ahead: Groups of steps between a group's loads and its computation. With 1 the
+        loads stand before the steps of the group before, which wait for them to be
+        issued behind a barrier of the program: the compiler would move the loads to the
+        end of the steps. With more they stand at the end anyway.
     """
 
     channels: int
     warps: int
     ahead: int = 1
-    held: bool = True
-    spread: bool = False
 
 
 # The tile of a call whose programs, one a multiprocessor, all run at once (many warps
 # share the work out evenly), of a call with more programs, and of groups of channels
 # that only the smaller tile divides.
-ONE_WAVE = Tile(channels=16, warps=16)
+ONE_WAVE = Tile(channels=16, warps=16, ahead=2)
 WAVES = Tile(channels=16, warps=4)
 NARROW = Tile(channels=8, warps=4)
 
@@ -244,6 +242,7 @@ class _Place:
         above = program // plan.across
         self.chunk, self.b = above % plan.chunks, above // plan.chunks
         lane = jnp.arange(plan.lanes, dtype=jnp.int32)
+        self.hidden_zero = warp_tiles.Tiles(plan.interpret).hidden_zero(lane)
         tile = program % plan.across * plan.warps + lane // common.WARP
         first, channels = tile * plan.tile.channels, plan.channels
         row, self.quad = lane % common.WARP // QUAD, lane % QUAD
@@ -285,15 +284,8 @@ class _Place:
     def keep(self, h, group, s):
         """Stores the states before step `s` of a group, where the backward reads them."""
         kept, every = self.refs.kept, self.plan.kept_every
-        if kept is None or s % every:
-            return
-        t = self.first + group * STEPS + s
-        if every <= STEPS:
-            self.store_states(kept, h, self.b, t // every)
-            return
-
-        @pl.when(t % every == 0)
-        def _():
+        if kept is not None and every < STEPS and s % every == 0:
+            t = self.first + group * STEPS + s
             self.store_states(kept, h, self.b, t // every)
 
     def _state_index(self, p, channel):
@@ -321,8 +313,15 @@ class _Place:
         """The first of a lane's two steps in a group."""
         return self.first + group * STEPS + self.quad
 
-    def load(self, names, group):
-        """A group of steps of the arrays of those names, as they lie in memory."""
+    def load(self, names, group, behind=None):
+        """A group of steps of the arrays of those names, as they lie in memory.
+
+        They are not loaded before the values `behind` [lanes] are known.
+        """
+        quad, C_step = self.quad, self.C_step
+        if behind is not None:
+            bits = lax.bitcast_convert_type(behind, jnp.int32) & self.hidden_zero
+            quad, C_step = quad | bits, C_step | bits
         loaded = {}
         for name in names:
             ref = getattr(self.refs, name)
@@ -330,9 +329,9 @@ class _Place:
                 continue
             if name == "C":
                 halves = range(3 - self.plan.pairs)
-                steps = [self.C_step + QUAD * k for k in halves]
+                steps = [C_step + QUAD * k for k in halves]
             else:
-                steps = [self.quad, self.quad + QUAD]
+                steps = [quad, quad + QUAD]
             steps = [self._existing(group, step) for step in steps]
             column = {"B": self.B_column, "C": self.C_column}.get(name, self.channel)
             count = {"B": 2, "C": QUAD}.get(name, self.plan.pairs)
@@ -353,7 +352,7 @@ class _Place:
         return self.first + jnp.minimum(group, self.groups - 1) * STEPS + step
 
     def ready(self, loaded, group):
-        """What the steps of a group need, in float32: tiles, rows of C, of `d` if spread.
+        """What the steps of a group need, in float32: tiles, and rows of C.
 
         A tile [2 pairs, lanes] has a row for each of a lane's steps and its channels.
         """
@@ -363,7 +362,7 @@ class _Place:
             for name, values in loaded.items()
             if name not in ("C", "restart")
         }
-        d = common._softplus(wide.pop("dt") + self.bias, plan)[0]
+        d = rough.softplus(wide.pop("dt") + self.bias, plan)[0]
         restart = loaded.get("restart")
         if plan.uneven:
             start = self.time(group)
@@ -374,8 +373,6 @@ class _Place:
                 pairs = zip(exist, restart, strict=True)
                 restart = [jnp.where(inside, r, 0.0) for inside, r in pairs]
         wide |= {"d": d, "dx": d * wide["x"], "restart": restart}
-        if plan.tile.spread:
-            wide["spread"] = [self.step_sizes(_rows(d), s) for s in range(STEPS)]
         if "C" in loaded:
             wide["C"] = self._rows_of_C(loaded["C"])
         return wide
@@ -400,36 +397,50 @@ class _Place:
         mine = d[self.plan.pairs * later :][: self.plan.pairs]
         return [_from_lane(v, lane, self.plan) for v in mine]
 
-    def run(self, names, step, state):
+    def run(self, names, step, state, keep=None):
         """Goes through time; `step` is (group's number, its values, state) -> state.
 
-        A group is loaded, and made ready, while those before it are computed.
+        A group is loaded, and made ready, while those before it are computed. `keep`,
+        if there is one, gets the number of each block of time and the state before it.
         """
-        ahead = self.plan.tile.ahead
+        plan, ahead = self.plan, self.plan.tile.ahead
+        size = common.BLOCK // STEPS
 
         def group(i, carry):
-            state, values, loaded = carry
-            loaded = [*loaded, self.load(names, i + ahead)]
-            if self.plan.tile.held:
+            state, values, waiting = carry
+            if ahead == 1:
+                waiting = [self.load(names, i + 1)]
                 values = self._after_loads(values, i)
             rows = (name for name in ("d", "dx", "B") if name in values)
             now = values | {name: _rows(values[name]) for name in rows}
             state = step(i, now, state)
-            return state, self.ready(loaded[0], i + 1), loaded[1:]
+            values, waiting = self.ready(waiting[0], i + 1), waiting[1:]
+            if ahead > 1:
+                # Into the registers that were just read, without any moves.
+                behind = warp_tiles.get(values["d"], 0)
+                waiting = [*waiting, self.load(names, i + ahead, behind)]
+            return state, values, waiting
+
+        def block(i, carry):
+            # A branch inside the groups' loop would keep the loads from moving in it.
+            keep(i, carry[0])
+            count = size
+            if plan.uneven or plan.length % common.BLOCK:
+                count = jnp.minimum(size, self.groups - i * size)
+            return lax.fori_loop(0, count, lambda k, c: group(i * size + k, c), carry)
 
         loaded = [self.load(names, i) for i in range(ahead)]
         carry = (state, self.ready(loaded[0], 0), loaded[1:])
-        return lax.fori_loop(0, self.groups, group, carry)[0]
+        if keep is None:
+            return lax.fori_loop(0, self.groups, group, carry)[0]
+        return lax.fori_loop(0, (self.groups + size - 1) // size, block, carry)[0]
 
     def _after_loads(self, values, i):
         """The same values, of which step sizes are not known before the loads before."""
         zeros = jnp.zeros((self.plan.lanes,), jnp.float32)
         # The compiler would move the loads down to where they are needed.
         pinned = common._after_loads(zeros, i, self.plan)
-        held = {"d": values["d"] + pinned[None, :]}
-        if self.plan.tile.spread:
-            held["spread"] = [[v + pinned for v in d] for d in values["spread"]]
-        return values | held
+        return values | {"d": values["d"] + pinned[None, :]}
 
 
 def _columns(first, count):
@@ -450,10 +461,7 @@ def _advance(place, values, s, h):
     else:
         B = [jnp.where(mine, b, 0.0) for b in B]
     added = _outer(dx, B, plan)
-    if plan.tile.spread:
-        d = values["spread"][s]
-    else:
-        d = place.step_sizes(values["d"], s)
+    d = place.step_sizes(values["d"], s)
     exponents = place.A2 * _tile([v for v in d for _ in range(2)] * 2)
     if values["restart"] is not None:
         restart = _from_lane(values["restart"][later], lane, plan)
@@ -489,12 +497,20 @@ def forward_kernel(plan, refs):
             y = _read(place, values, s, h, y)
         y = _tile(y) + skip * values["x"]
         if refs.z is not None:
-            y = y * (values["z"] * common._sigmoid(values["z"], plan))
+            y = y * rough.silu(values["z"], plan)
         place.store_steps(refs.y, _rows(y), i)
         return h
 
     names = ("x", "dt", "B", "C", "z", "restart")
-    h = place.run(names, group, place.states(refs.h0, place.b, place.chunk))
+    keep = None
+    if refs.kept is not None and plan.kept_every == common.BLOCK:
+
+        def keep(i, h):
+            number = place.first // common.BLOCK + i
+            place.store_states(refs.kept, h, place.b, number)
+
+    h = place.states(refs.h0, place.b, place.chunk)
+    h = place.run(names, group, h, keep)
     place.store_states(refs.end, h, place.b, place.chunk)
 
 

@@ -25,6 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.selective_scan import pallas_triton_bfloat16 as rough
 from pallas_kernels.selective_scan import pallas_triton_kernels as kernels
 from pallas_kernels.selective_scan.warp_tiles import (
     F32,
@@ -53,18 +54,18 @@ class Layout:
     Attributes:
       warps: Warps of a program, at most. With 16 the compiler has 128 registers a thread,
         and all programs of a large batch run at once.
-      apart: Steps, 2 or 4, between the states that the walk back in time starts from.
-      kept: Whether the forward pass keeps those states, 2 N / apart bytes a channel and
-        step. If not, it keeps one a block of time, and a first walk through the block
-        computes the others again.
+      apart: Steps, 2 or 4, between the states that the walk back in time starts from,
+        where the forward pass keeps one a block of time. A first walk through the block
+        computes the others again; none does where the forward pass keeps those.
+      ahead: Groups of steps between a group's loads and its computation, first walk.
     """
 
     warps: int
     apart: int
-    kept: bool
+    ahead: int = 1
 
 
-LAYOUT = Layout(warps=16, apart=2, kept=False)
+LAYOUT = Layout(warps=16, apart=4)
 
 
 def fits(plan, dtypes):
@@ -73,9 +74,9 @@ def fits(plan, dtypes):
     return whole_tiles and all(dtype == jnp.bfloat16 for dtype in dtypes)
 
 
-def kept_every(plan, dtypes):
-    """Steps between the states that the forward pass has to keep."""
-    return LAYOUT.apart if LAYOUT.kept and fits(plan, dtypes) else kernels.BLOCK
+def kept_every(plan, dtypes, wanted):
+    """Steps between the states that the forward pass keeps; only here less than 64."""
+    return min(wanted, kernels.BLOCK) if fits(plan, dtypes) else kernels.BLOCK
 
 
 def warps(plan):
@@ -227,21 +228,25 @@ class _Program:
                 loaded[name] = self.pair(ref, self.b, t)
         return loaded
 
-    def run(self, count, load, body, state):
-        """Runs `body` on groups, each loaded while the group before it is computed."""
+    def run(self, count, load, body, state, ahead=1):
+        """Runs `body` on groups, each loaded while those before it are computed."""
+
+        def load_existing(i):
+            return load(jnp.minimum(i, count - 1))
 
         def step(i, carry):
             state, loaded = carry
-            following = load(jnp.minimum(i + 1, count - 1))
-            return body(i, loaded, state), following
+            loaded = [*loaded, load_existing(i + ahead)]
+            return body(i, loaded[0], state), loaded[1:]
 
-        return lax.fori_loop(0, count, step, (state, load(0)))[0]
+        loaded = [load_existing(i) for i in range(ahead)]
+        return lax.fori_loop(0, count, step, (state, loaded))[0]
 
     def inputs(self, loaded, t):
         """What every walk needs of a group, for the lane's two channels and its step."""
         t, exists = self.time(t)
         v = self.tiles.widen(loaded["dt"]) + self.bias
-        d, u = kernels._softplus(v, self.plan)
+        d, u = rough.softplus(v, self.plan)
         d = self.keep(d, exists)
         slope = kernels._reciprocal(1.0 + u, self.plan)
         slope = jnp.where(v >= 0.0, slope, u * slope)
@@ -332,6 +337,7 @@ def _up(program, start, groups):
         lambda j: program.load(start + j * GROUP, ("x", "dt", "B", "restart")),
         body,
         program.states(program.refs.kept, program.b, start // kernels.BLOCK),
+        LAYOUT.ahead,
     )
     return tiles.left(h)
 
@@ -342,7 +348,7 @@ def _gate(program, step, loaded):
     step.g, step.dz = dy, None
     if "z" in loaded:
         z = program.tiles.widen(loaded["z"])
-        sigmoid = kernels._sigmoid(z, program.plan)
+        sigmoid = rough.sigmoid(z, program.plan)
         step.g = dy * (z * sigmoid)
         step.dz = dy * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
 
