@@ -35,14 +35,16 @@ def abstract_inputs(shape, dtype, *, options=True):
     return {k: jax.ShapeDtypeStruct(*v) for k, v in sizes.items()}
 
 
-def scan(inputs, ids=None):
+def scan(inputs, ids=None, every=64):
     absent = dict.fromkeys(("D", "z", "dt_bias", "initial_state"))
-    return pallas_triton.scan(**(absent | inputs), segment_ids=ids, interpret=False)
+    return pallas_triton.scan(
+        **(absent | inputs), segment_ids=ids, checkpoint_every=every, interpret=False
+    )
 
 
-def gradients(inputs, ids=None):
+def gradients(inputs, ids=None, every=64):
     def loss(inputs):
-        y, h = scan(inputs, ids)
+        y, h = scan(inputs, ids, every)
         return jnp.sum(y.astype(jnp.float32)) + jnp.sum(h)
 
     return jax.grad(loss)(inputs)
@@ -57,14 +59,24 @@ def test_lowers_for_cuda_without_a_gpu(name, lower_for_cuda):
     assert "selective_scan_backward_kernel" in text
 
 
-def test_lowers_with_kept_states(monkeypatch, lower_for_cuda):
-    """The states kept for the walk back are bfloat16, one for every `apart` steps."""
-    layout = pallas_triton.fragments.Layout(warps=16, apart=4, kept=True)
-    monkeypatch.setattr(pallas_triton.fragments, "LAYOUT", layout)
+@pytest.mark.parametrize(
+    ("every", "kept"),
+    [(64, "1x2x64x16xf32"), (4, "1x32x64x16xbf16"), (2, "1x64x64x16xbf16")],
+)
+def test_lowers_with_kept_states(every, kept, lower_for_cuda):
+    """One state for every so many steps, in bfloat16 where the walk back starts there."""
     inputs = abstract_inputs(shapes.Shape(1, 128, 64, 16, 1, 4), jnp.bfloat16)
-    text = lower_for_cuda(gradients, inputs)
-    assert "tensor<1x32x64x16xbf16>" in text
+    text = lower_for_cuda(functools.partial(gradients, every=every), inputs)
+    assert f"tensor<{kept}>" in text
     assert "selective_scan_backward_kernel" in text
+    # The states of a first walk, in pairs of bfloat16.
+    assert ("x4xi32" in text) == (every == 64)
+
+
+def test_other_calls_keep_every_64th_state(lower_for_cuda):
+    inputs = abstract_inputs(shapes.Shape(1, 128, 64, 16, 1, 4), jnp.float32)
+    text = lower_for_cuda(functools.partial(gradients, every=2), inputs)
+    assert "tensor<1x2x64x16xf32>" in text
 
 
 def test_lowers_packed_ragged_and_float32(lower_for_cuda):
