@@ -69,6 +69,6 @@ def sigmoid(z, plan):
 
 
 def silu(z, plan):
-    """z times its `sigmoid`: absolute error below 2^-12 |z|."""
+    """The gate z sigmoid(z): absolute error below 2^-12 |z|."""
     half = 0.5 * z
     return half * _tanh(half, plan) + half
