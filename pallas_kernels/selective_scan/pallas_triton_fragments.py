@@ -43,6 +43,9 @@ TILE = 16
 GROUP = 4
 # Steps whose decays and states are in registers at a time.
 PART = 2
+# What the two walks through a block load of each group.
+FIRST_WALK = ("x", "dt", "B", "restart")
+WALK_BACK = (*FIRST_WALK, "z", "dy", "C")
 # bfloat16 ones.
 ONES = 0x3F803F80
 
@@ -57,12 +60,10 @@ class Layout:
       apart: Steps, 2 or 4, between the states that the walk back in time starts from,
         where the forward pass keeps one a block of time. A first walk through the block
         computes the others again; none does where the forward pass keeps those.
-      ahead: Groups of steps between a group's loads and its computation, first walk.
     """
 
     warps: int
     apart: int
-    ahead: int = 1
 
 
 LAYOUT = Layout(warps=16, apart=4)
@@ -76,7 +77,8 @@ def fits(plan, dtypes):
 
 def kept_every(plan, dtypes, wanted):
     """Steps between the states that the forward pass keeps; only here less than 64."""
-    return min(wanted, kernels.BLOCK) if fits(plan, dtypes) else kernels.BLOCK
+    known = wanted <= GROUP and fits(plan, dtypes)
+    return wanted if known else kernels.BLOCK
 
 
 def warps(plan):
@@ -108,6 +110,7 @@ class _Program:
         self.program = pl.program_id(0)
         self.chunk = self.program // across % plan.chunks
         self.b = self.program // across // plan.chunks
+        self.here = (self.b, self.chunk)
         self.lane = jnp.arange(count * WARP, dtype=I32)
         self.r, self.q = self.lane % WARP // 4, self.lane % 4
         self.tile = self.program % across * count + self.lane // WARP
@@ -228,19 +231,19 @@ class _Program:
                 loaded[name] = self.pair(ref, self.b, t)
         return loaded
 
-    def run(self, count, load, body, state, ahead=1):
-        """Runs `body` on groups, each loaded while those before it are computed."""
+    def run(self, count, load, body, state, loaded):
+        """Runs `body` on groups, each loaded while the one before it is computed.
 
-        def load_existing(i):
-            return load(jnp.minimum(i, count - 1))
+        `load` is asked for group `count` as well. Returns the state after the groups
+        and that one, loaded.
+        """
 
         def step(i, carry):
             state, loaded = carry
-            loaded = [*loaded, load_existing(i + ahead)]
-            return body(i, loaded[0], state), loaded[1:]
+            following = load(i + 1)
+            return body(i, loaded, state), following
 
-        loaded = [load_existing(i) for i in range(ahead)]
-        return lax.fori_loop(0, count, step, (state, loaded))[0]
+        return lax.fori_loop(0, count, step, (state, loaded))
 
     def inputs(self, loaded, t):
         """What every walk needs of a group, for the lane's two channels and its step."""
@@ -317,29 +320,35 @@ class _Sums:
         return make(get(total, offset), get(total, 2 + offset))
 
 
-def _up(program, start, groups):
-    """First walk: leaves states of a block in the scratch array, returns the last."""
+def _up(program, start, groups, loaded):
+    """First walk through a block, from its first group, `loaded`, on.
+
+    Leaves states in the scratch array; returns those of the last group, the block's last
+    state, and the last group, loaded: the walk back begins there.
+    """
     tiles = program.tiles
 
-    def body(j, loaded, h):
+    def body(j, loaded, carry):
+        h, _ = carry
         step = program.inputs(loaded, start + j * GROUP)
         factors = program.factors(step.dx, step.dx)
-        rows = program.rows(loaded["B"])
+        rows, known = program.rows(loaded["B"]), []
         for u in range(GROUP):
             if u % program.apart == 0:
+                known.append(tiles.left(h))
                 at = program.sparse((j * GROUP + u) // program.apart)
-                plt.store(at, tiles.left(h))
+                plt.store(at, known[-1])
             h = program.advance(program.decays(step, u), h, factors, rows, u)
-        return h
+        return h, known
 
-    h = program.run(
-        groups,
-        lambda j: program.load(start + j * GROUP, ("x", "dt", "B", "restart")),
-        body,
-        program.states(program.refs.kept, program.b, start // kernels.BLOCK),
-        LAYOUT.ahead,
-    )
-    return tiles.left(h)
+    def load(j):
+        t = start + jnp.minimum(j, groups - 1) * GROUP
+        return program.load(t, FIRST_WALK)
+
+    h = program.states(program.refs.kept, program.b, start // kernels.BLOCK)
+    known = [program.zeros(4, I32)] * (GROUP // program.apart)
+    (h, known), loaded = program.run(groups, load, body, (h, known), loaded)
+    return known, tiles.left(h), loaded
 
 
 def _gate(program, step, loaded):
@@ -444,21 +453,32 @@ def _store_group(program, step, sums, t, skip):
     return ddt
 
 
-def _down(program, start, groups, last, carry):
-    """Pulls gradients back through a block or a chunk, whose last state is `last`."""
+def _down(program, start, groups, loaded, last, carry, following):
+    """Pulls gradients back through a block or a chunk.
 
-    def place(j):
-        return groups - 1 - j
+    Args:
+      program: The program's place.
+      start: Its first step.
+      groups: How many groups it has.
+      loaded: (the last of them, loaded; the states known in it).
+      last: The state after it.
+      carry: What is carried from block to block.
+      following: First step of the group to load in the end.
+
+    Returns:
+      (what is carried on, that group, loaded).
+    """
 
     def load(j):
-        names = ("x", "dt", "z", "dy", "B", "C", "restart")
-        known = program.known(start, place(j))
-        return program.load(start + place(j) * GROUP, names), known
+        place = groups - 1 - j
+        t = jnp.where(j < groups, start + place * GROUP, following)
+        known = program.known(start, jnp.maximum(place, 0))
+        return program.load(t, WALK_BACK), known
 
     def body(j, loaded, carry):
         loaded, known = loaded
         adjoint, dA, dD, dbias, after = carry
-        t = start + place(j) * GROUP
+        t = start + (groups - 1 - j) * GROUP
         # Not kept from group to group: two registers that would have to be spilled.
         skip = program.pair(program.refs.D)
         step = program.inputs(loaded, t)
@@ -472,34 +492,57 @@ def _down(program, start, groups, last, carry):
         ddt = _store_group(program, step, sums, t, skip)
         return adjoint, dA, dD + step.g * step.x, dbias + ddt, after
 
-    return program.run(groups, load, body, (*carry, last))[:-1]
+    carry, (loaded, _) = program.run(groups, load, body, (*carry, last), loaded)
+    return carry[:-1], loaded
+
+
+def _walk_chunk(program, carry):
+    """Pulls gradients back through a chunk of which every group's states are kept."""
+    start = program.first
+    groups = program.groups(start, program.plan.chunk)
+    last = program.tiles.left(program.states(program.refs.end, *program.here))
+    t = start + (groups - 1) * GROUP
+    loaded = program.load(t, WALK_BACK), program.known(start, groups - 1)
+    return _down(program, start, groups, loaded, last, carry, start)[0]
+
+
+def _walk_blocks(program, carry):
+    """Pulls gradients back through a chunk, each block of time walked twice.
+
+    A walk's last iteration loads the first group of the next walk.
+    """
+
+    def block(i, carry):
+        carry, loaded = carry
+        start = program.first + (program.blocks - 1 - i) * kernels.BLOCK
+        groups = program.groups(start, kernels.BLOCK)
+        # What the first walk does not load.
+        names = [name for name in WALK_BACK if name not in FIRST_WALK]
+        rest = program.load(start + (groups - 1) * GROUP, names)
+        # The walks talk through the scratch array: a lane reads what it wrote.
+        known, last, loaded = _up(program, start, groups, loaded)
+        loaded = loaded | rest, known
+        before = jnp.maximum(start - kernels.BLOCK, program.first)
+        carry, loaded = _down(program, start, groups, loaded, last, carry, before)
+        return carry, {name: loaded[name] for name in FIRST_WALK if name in loaded}
+
+    start = program.first + (program.blocks - 1) * kernels.BLOCK
+    carry = carry, program.load(start, FIRST_WALK)
+    return lax.fori_loop(0, program.blocks, block, carry)[0]
 
 
 def backward_kernel(plan, refs):
     """All gradients; the sums over time are those of the program's chunk."""
     program = _Program(plan, refs)
-    here = (program.b, program.chunk)
-
-    def block(i, carry):
-        start = program.first + (program.blocks - 1 - i) * kernels.BLOCK
-        groups = program.groups(start, kernels.BLOCK)
-        # The walks talk through the scratch array: a lane reads what it wrote.
-        last = _up(program, start, groups)
-        return _down(program, start, groups, last, carry)
-
     zeros = [program.zeros(rows) for rows in (4, 4, 2, 2)]
-    carry = (program.states(refs.dh, *here), zeros[:2], *zeros[2:])
-    if program.kept:
-        groups = program.groups(program.first, plan.chunk)
-        last = program.tiles.left(program.states(refs.end, *here))
-        adjoint, dA, *sums = _down(program, program.first, groups, last, carry)
-    else:
-        adjoint, dA, *sums = lax.fori_loop(0, program.blocks, block, carry)
-    program.store_states(refs.dh0, adjoint, *here)
-    program.store_states(refs.dA, dA, *here)
+    carry = (program.states(refs.dh, *program.here), zeros[:2], *zeros[2:])
+    walk = _walk_chunk if program.kept else _walk_blocks
+    adjoint, dA, *sums = walk(program, carry)
+    program.store_states(refs.dh0, adjoint, *program.here)
+    program.store_states(refs.dA, dA, *program.here)
     for ref, value in zip((refs.dD, refs.dbias), sums, strict=True):
         # All lanes of a quad store the same: a mask would take shared memory.
-        program.store_pair(ref, program.tiles.quad_sum(value), *here)
+        program.store_pair(ref, program.tiles.quad_sum(value), *program.here)
 
 
 def local_adjoint_kernel(plan, refs):
@@ -520,9 +563,10 @@ def local_adjoint_kernel(plan, refs):
             adjoint = [a * s for a, s in zip(decays, adjoint, strict=True)]
         return adjoint
 
-    names = ("dt", "C", "z", "dy", "restart")
+    def load(j):
+        names = ("dt", "C", "z", "dy", "restart")
+        return program.load(start(jnp.minimum(j, groups - 1)), names)
+
     adjoint = [program.zeros(4), program.zeros(4)]
-    adjoint = program.run(
-        groups, lambda j: program.load(start(j), names), body, adjoint
-    )
-    program.store_states(refs.end, adjoint, program.b, program.chunk)
+    adjoint, _ = program.run(groups, load, body, adjoint, load(0))
+    program.store_states(refs.end, adjoint, *program.here)
