@@ -242,7 +242,8 @@ class _Place:
         above = program // plan.across
         self.chunk, self.b = above % plan.chunks, above // plan.chunks
         lane = jnp.arange(plan.lanes, dtype=jnp.int32)
-        self.hidden_zero = warp_tiles.Tiles(plan.interpret).hidden_zero(lane)
+        self.tiles = warp_tiles.Tiles(plan.interpret)
+        self.hidden_zero = self.tiles.hidden_zero(lane)
         tile = program % plan.across * plan.warps + lane // common.WARP
         first, channels = tile * plan.tile.channels, plan.channels
         row, self.quad = lane % common.WARP // QUAD, lane % QUAD
@@ -316,6 +317,9 @@ class _Place:
     def load(self, names, group, behind=None):
         """A group of steps of the arrays of those names, as they lie in memory.
 
+        Two channels or states are a pair in a register: the halves of one that is
+        carried through a loop the compiler may swap right behind the load, which then
+        waits for memory.
         They are not loaded before the values `behind` [lanes] are known.
         """
         quad, C_step = self.quad, self.C_step
@@ -341,7 +345,8 @@ class _Place:
                 loaded[name] = [ref[self.b, t, column] for t in steps]
             else:
                 columns = _columns(column, count)
-                loaded[name] = [ref[self.b, t[None, :], columns] for t in steps]
+                tiles = (ref[self.b, t[None, :], columns] for t in steps)
+                loaded[name] = [self.tiles.pairs(tile) for tile in tiles]
         return loaded
 
     def _existing(self, group, step):
@@ -379,14 +384,17 @@ class _Place:
 
     def _widen(self, values):
         """[k, lanes] in float32 of what was loaded for a lane's two steps."""
-        if values[0].ndim == 1:
-            return _tile([v.astype(jnp.float32) for v in values])
-        wide = (_rows(common._widen(v, self.plan)) for v in values)
-        return _tile([row for rows in wide for row in rows])
+        return _tile([row for value in values for row in self._wide_rows(value)])
+
+    def _wide_rows(self, value):
+        """Rows [lanes] in float32 of a value, or of rows of pairs."""
+        if value.ndim == 1:
+            return [value.astype(jnp.float32)]
+        return [half for pair in _rows(value) for half in warp_tiles.halves(pair)]
 
     def _rows_of_C(self, values):
         """Four [lanes]: the parts of C that are a lane's in the products."""
-        rows = [row for v in values for row in _rows(common._widen(v, self.plan))]
+        rows = [row for value in values for row in self._wide_rows(value)]
         if self.plan.pairs == 2:
             return rows
         return [jnp.where(self.odd_row, rows[k + 1], rows[k]) for k in (0, 2, 4, 6)]

@@ -204,17 +204,21 @@ class _Program:
             ]
             for i in range(count)
         ]
-        return loaded
+        return [[self.tiles.pairs(tile) for tile in both] for both in loaded]
 
     def left(self, known):
         """A known state as the left operand of products."""
         if not self.kept:
             return known
-        a, b = (self.tiles.pairs_of_four(v) for v in known)
+        a, b = known
         return make(get(a, 0), get(b, 0), get(a, 1), get(b, 1))
 
     def load(self, t, names):
-        """A group of steps as it lies in memory."""
+        """A group of steps as it lies in memory, bfloat16 in pairs.
+
+        The halves of a pair that is carried through a loop the compiler may swap right
+        behind the load, which then waits for memory.
+        """
         t, _ = self.time(t)
         loaded = {}
         for name in names:
@@ -224,11 +228,11 @@ class _Program:
             if name in self.group_starts:
                 start = self.group_starts[name] + 4 * (self.r // 2)
                 index = (self.b, t[None, :], start[None, :] + row_index(4))
-                loaded[name] = ref[index]
+                loaded[name] = self.tiles.pairs(ref[index])
             elif name == "restart":
                 loaded[name] = ref[self.b, t]
             else:
-                loaded[name] = self.pair(ref, self.b, t)
+                loaded[name] = self.tiles.pairs(self.pair(ref, self.b, t))
         return loaded
 
     def run(self, count, load, body, state, loaded):
@@ -267,11 +271,11 @@ class _Program:
 
     def rows(self, loaded):
         """Rows of B or C, one in each lane's column: right operand of outer products."""
-        return self.tiles.doubled(self.tiles.pairs_of_four(loaded), self.selector)
+        return self.tiles.doubled(self.tiles.operand(loaded), self.selector)
 
     def columns(self, loaded):
         """The same numbers as columns, of states: right operand of sums over states."""
-        pairs = self.tiles.pairs_of_four(loaded)
+        pairs = self.tiles.operand(loaded)
         return self.tiles.across(pairs, 8 * self.q + self.r // 2)
 
     def decays(self, step, u, behind=None):

@@ -353,8 +353,11 @@ def test_softplus_and_gate_to_16_bits():
     assert np.all(error <= 2.0**-12 * np.abs(wide))
 
 
-def test_tiles_over_many_steps(assert_tree_close):
-    inputs, (dy, _) = make_inputs(shapes.Shape(1, 500, 16, 16, 1, 1))
+@pytest.mark.parametrize("length", [1, 63, 500])
+def test_tiles_over_many_steps(monkeypatch, assert_tree_close, length):
+    """Whole blocks of time, and a last one that is shorter."""
+    monkeypatch.setattr(pallas_triton.kernels, "BLOCK", 64)
+    inputs, (dy, _) = make_inputs(shapes.Shape(1, length, 16, 16, 1, 1))
     (low, _), (up, _) = rounded(inputs, dy)
     found = forward("pallas_triton", low)
     assert_tree_close(found, forward("reference", up), 1e-2)
