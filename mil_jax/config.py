@@ -217,6 +217,9 @@ class ComputeConfig:
         remat_keeps: What is stored nevertheless: "products" (results of matrix products,
             kernels and attention, so that only cheap things are recomputed), or "nothing"
             (least memory, a whole forward pass more).
+        scan_checkpoint_every: Steps between the states of a Mamba layer that its kernel keeps
+            for the backward pass, 64, 4 or 2: fewer steps are faster and take N / 2 (4) or
+            N (2) bytes a channel and token more while the layer's activations are stored.
         scan_layers: Scan over periods of equal layers (short compile times, for training);
             False unrolls them.
         layout: Of weights on the device: "train" has one array per tensor, "decode" lays
@@ -232,6 +235,7 @@ class ComputeConfig:
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     remat: bool = False
     remat_keeps: Literal["products", "nothing"] = "products"
+    scan_checkpoint_every: Literal[64, 4, 2] = 64
     scan_layers: bool = True
     layout: Literal["train", "decode"] = "train"
 

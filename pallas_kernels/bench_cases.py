@@ -171,7 +171,15 @@ def selective_scan_case(name: str) -> Case:
         "forward": Cost(4 * channels + maps, exps),
         "forward_backward": Cost(11 * channels + 3 * maps, 2 * exps),
     }
-    return _case("selective_scan", name, shape, make, selective_api, costs)
+    return _case(
+        "selective_scan",
+        name,
+        shape,
+        make,
+        selective_api,
+        costs,
+        checkpoint_every=shape.checkpoint_every,
+    )
 
 
 def ssd_case(name: str) -> Case:
@@ -397,7 +405,7 @@ OPS: dict[str, tuple[Callable[[str], Case], Sequence[str], Sequence[str]]] = {
     "selective_scan": (
         selective_scan_case,
         tuple(selective_shapes.LARGE),
-        ("paper_8b",),
+        ("paper_8b", "paper_8b_every_2"),
     ),
     "ssd": (ssd_case, tuple(ssd_shapes.LARGE), ("paper_8b",)),
     "causal_conv": (causal_conv_case, tuple(conv_shapes.LARGE), ("paper_8b",)),

@@ -79,6 +79,7 @@ class MambaMixer(SSMMixer):
         self.config = ssm
         self.conv_group = None if x == e else n
         self.implementation = compute.kernel
+        self.checkpoint_every = compute.scan_checkpoint_every
 
     def project(self, u: Float[Array, "B L D"] | Unnormed) -> Projected:
         """Returns x, z and, in a hybrid, dt, B and C."""
@@ -149,6 +150,7 @@ class MambaMixer(SSMMixer):
             dt_bias=self.dt_bias[...],
             initial_state=state,
             segment_ids=segment_ids,
+            checkpoint_every=self.checkpoint_every,
             implementation=self.implementation,
         )
 

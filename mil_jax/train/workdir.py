@@ -26,6 +26,7 @@ _FREE = {
     ("compute", "attention"),
     ("compute", "remat"),
     ("compute", "remat_keeps"),
+    ("compute", "scan_checkpoint_every"),
     ("compute", "scan_layers"),
     ("compute", "layout"),
     ("stage", "checkpoint_every"),

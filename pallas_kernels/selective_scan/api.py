@@ -10,6 +10,8 @@ IMPLEMENTATIONS = {
     "xla_chunked": chunked.selective_scan,
     "reference": reference.selective_scan,
 }
+# Steps between the states kept for the backward pass.
+CHECKPOINTS = (64, 4, 2)
 
 
 def selective_scan(
@@ -24,6 +26,7 @@ def selective_scan(
     dt_bias: Float[Array, " E"] | None = None,
     initial_state: Float[Array, "B E N"] | None = None,
     segment_ids: Int[Array, "B L"] | None = None,
+    checkpoint_every: int = 64,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B L E"], Float[Array, "B E N"]]:
     """Returns the scan's outputs and the state after the last token.
@@ -51,6 +54,10 @@ def selective_scan(
       segment_ids: The state restarts from zero where the id differs from the token
         before. The first token always continues `initial_state`. An id does not recur
         in a row after another one.
+      checkpoint_every: A memory hint, steps between the states kept for the backward
+        pass: 64, or, for a faster one, 4 or 2, which takes N / 2 or N bytes a channel
+        and step. Only `pallas_triton` on bfloat16 with N = 16 and groups of a multiple
+        of 16 channels takes 4 and 2; all else keeps what it keeps for 64.
       implementation: None for the fastest that runs here; a name for that one or an
         error.
 
@@ -58,7 +65,8 @@ def selective_scan(
       y in x.dtype and the final state in float32.
 
     Raises:
-      ValueError: A shape disagrees, or the implementation's name is unknown.
+      ValueError: A shape disagrees, `checkpoint_every` is no such number, or the
+        implementation's name is unknown.
       NotImplementedError: The named implementation does not run here.
     """
     op = "selective_scan"
@@ -82,6 +90,11 @@ def selective_scan(
         checks.check_shape(op, name, value, letters, expected)
     checks.check_groups(op, "B", B.shape[2], channels)
     checks.check_groups(op, "C", C.shape[2], channels)
+    if checkpoint_every not in CHECKPOINTS:
+        known = ", ".join(map(str, CHECKPOINTS))
+        raise ValueError(
+            f"{op}: checkpoint_every is {checkpoint_every!r}; it can be {known}"
+        )
     return dispatch.run(
         op,
         IMPLEMENTATIONS,
@@ -96,4 +109,5 @@ def selective_scan(
         dt_bias=dt_bias,
         initial_state=initial_state,
         segment_ids=segment_ids,
+        checkpoint_every=checkpoint_every,
     )

@@ -119,9 +119,9 @@ def _run_forward(plan, arguments, keep_states):
         "end": _float32(b, plan.chunks, e, n),
     }
     if keep_states:
-        outputs["kept"] = _float32(b, pl.cdiv(length, kernels.BLOCK), e, n)
+        outputs["kept"] = plan.kept
     out = _call(module.forward_kernel, plan, inputs | {"h0": h0}, outputs)
-    return (out["y"], out["end"][:, -1]), (out.get("kept"), total)
+    return (out["y"], out["end"][:, -1]), (out.get("kept"), out["end"], total)
 
 
 def _adjoint_after_chunks(plan, inputs, total, dh):
@@ -132,16 +132,25 @@ def _adjoint_after_chunks(plan, inputs, total, dh):
     used = {k: inputs[k] for k in used}
     shape = (plan.batch, plan.chunks, plan.channels, plan.state)
     outputs = {"end": _float32(*shape)}
-    local = _call(backward.local_adjoint_kernel, plan, used, outputs)
+    if _tiled(plan, inputs):
+        size = fragments.programs(plan), fragments.warps(plan)
+        local = _call(fragments.local_adjoint_kernel, plan, used, outputs, *size)
+    else:
+        local = _call(backward.local_adjoint_kernel, plan, used, outputs)
     decays = _chunk_decays(plan, inputs["A"], inputs["restart"], total)
     return _linear_recurrence(decays, local["end"], dh, reverse=True)
+
+
+def _tiled(plan, inputs):
+    """Whether the backward kernels in fragments fit; the gradient of y has x's dtype."""
+    used = [inputs[k] for k in ("x", "dt", "B", "C", "z")]
+    return fragments.fits(plan, [v.dtype for v in used if v is not None])
 
 
 def _call_backward(plan, inputs):
     """The backward kernel that fits; dB and dC are in parts, [B, L, parts N]."""
     b, length, e, n = plan.batch, plan.length, plan.channels, plan.state
-    sixteen_bits = [inputs[k] for k in ("x", "dt", "B", "C", "z", "dy")]
-    tiled = fragments.fits(plan, [v.dtype for v in sixteen_bits if v is not None])
+    tiled = _tiled(plan, inputs)
     outputs = {
         "d" + name: jax.ShapeDtypeStruct((b, length, e), inputs[name].dtype)
         for name in ("x", "dt", "z")
@@ -155,7 +164,8 @@ def _call_backward(plan, inputs):
     outputs |= {name: _float32(b, plan.chunks, e, n) for name in ("dA", "dh0")}
     outputs |= {name: _float32(b, plan.chunks, e) for name in ("dD", "dbias")}
     if tiled:
-        outputs["scratch"] = fragments.scratch(plan)
+        if plan.kept_every == kernels.BLOCK:
+            outputs["scratch"] = fragments.scratch(plan)
         size = fragments.programs(plan), fragments.warps(plan)
         return _call(fragments.backward_kernel, plan, inputs, outputs, *size)
     steps = kernels.BLOCK // kernels.BACKWARD_STEPS
@@ -167,10 +177,12 @@ def _call_backward(plan, inputs):
 
 
 def _run_backward(plan, residuals, cotangents):
-    arguments, kept, total = residuals
+    arguments, kept, end, total = residuals
     dy, dh = cotangents
     inputs = _named(arguments) | {"dy": dy, "kept": kept}
     inputs["dh"] = _adjoint_after_chunks(plan, inputs, total, dh.astype(jnp.float32))
+    if plan.kept_every < kernels.BLOCK:
+        inputs["end"] = end
     del inputs["h0"]
     out = _call_backward(plan, inputs)
 
@@ -248,6 +260,7 @@ def selective_scan(
     dt_bias,
     initial_state,
     segment_ids,
+    checkpoint_every=kernels.BLOCK,
     interpret=False,
 ):
     """Returns (y, final_state); see `api.selective_scan` for the arguments.
@@ -268,11 +281,26 @@ def selective_scan(
         dt_bias=dt_bias,
         initial_state=initial_state,
         segment_ids=segment_ids,
+        checkpoint_every=checkpoint_every,
         interpret=interpret,
     )
 
 
-def scan(x, dt, A, B, C, *, D, z, dt_bias, initial_state, segment_ids, interpret):
+def scan(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D,
+    z,
+    dt_bias,
+    initial_state,
+    segment_ids,
+    checkpoint_every=kernels.BLOCK,
+    interpret,
+):
     """`selective_scan` without the look at the platform."""
     f32 = jnp.float32
     (batch, length, channels), state = x.shape, A.shape[1]
@@ -307,9 +335,13 @@ def scan(x, dt, A, B, C, *, D, z, dt_bias, initial_state, segment_ids, interpret
         row=row,
         chunk=pl.cdiv(length, kernels.BLOCK) * kernels.BLOCK,
         interpret=interpret,
+        kept_every=kernels.BLOCK,
     )
+    used = [v.dtype for v in (x, dt, B, C, z) if v is not None]
     plan = dataclasses.replace(
-        plan, chunk=_chunk_length(length, plan.programs * plan.warps)
+        plan,
+        chunk=_chunk_length(length, plan.programs * plan.warps),
+        kept_every=fragments.kept_every(plan, used, checkpoint_every),
     )
     y, h = _scan(plan, x, dt, A, B, C, D, z, dt_bias, initial_state, restart)
     return y, h[..., :state]

@@ -1,13 +1,14 @@
 """Forward kernels of the selective scan on tensor cores, in Pallas for Triton.
 
-A warp owns a tile of 16 channels that share their rows of B and C, and takes 8 steps at
-a time. What it computes is laid out over its lanes the way tensor cores take and leave
+A warp owns a tile of 16 or 8 channels that share their rows of B and C, and takes 8 steps
+at a time. What it computes is laid out over its lanes the way tensor cores take and leave
 the parts of a matrix ("fragments"). Lane 4 i + j holds
 
-    of the states      n = 4 j .. 4 j + 3 of channels 2 i and 2 i + 1,
-    of x, dt, z and y  those two channels at steps j and j + 4,
+    of the states      n = 4 j .. 4 j + 3 of channels 2 i and 2 i + 1 (8: of channel i),
+    of x, dt, z and y  those channels at steps j and j + 4,
     of B               n = 2 i and 2 i + 1 at steps j and j + 4,
-    of C               n = 4 j .. 4 j + 3 at step i // 2 + 4 (i % 2),
+    of C               n = 4 j .. 4 j + 3 at step i // 2 + 4 (i % 2) (8: half of them, the
+                       even or the odd n as i is, at steps i // 2 and i // 2 + 4),
 
 so that one product makes d_t x_t B_t for the whole tile, another sums C_t h_t over n,
 and only the step size passes from lane to lane. A value of each lane is an array
@@ -23,42 +24,70 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.selective_scan import pallas_triton_bfloat16 as rough
 from pallas_kernels.selective_scan import pallas_triton_kernels as common
 from pallas_kernels.selective_scan import warp_tiles
 
-# Channels and states of a warp, steps at a time, lanes of a row of its fragments.
-TILE = 16
+# States of a channel, steps at a time, lanes of a row of a warp's fragments.
 STATE = 16
 STEPS = 8
 QUAD = 4
-# Warps of a program. More share the work out evenly, if no program waits for another:
-# one fits a multiprocessor.
-FEW_WARPS, MANY_WARPS = 4, 16
 # An H200's, where JAX does not know.
 MULTIPROCESSORS = 132
-# Rows of a tile of states [8, lanes]: the place of (channel 2 i + p, n = 4 j + r).
-PLACES = {(p, r): 4 * (r % 2) + 2 * p + r // 2 for p in range(2) for r in range(4)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How the work is laid out; every choice computes the same.
+
+    Attributes:
+      channels: Channels of a warp, 16 or 8.
+      warps: Warps of a program, at most; a divisor of theirs where they do not fill it.
+      ahead: Groups of steps between a group's loads and its computation. With 1 the
+        loads stand before the steps of the group before, which wait for them to be
+        issued behind a barrier of the program: the compiler would move the loads to the
+        end of the steps. With more they stand at the end anyway.
+    """
+
+    channels: int
+    warps: int
+    ahead: int = 1
+
+
+# The tile of a call whose programs, one a multiprocessor, all run at once (many warps
+# share the work out evenly), of a call with more programs, and of groups of channels
+# that only the smaller tile divides.
+ONE_WAVE = Tile(channels=16, warps=16, ahead=2)
+WAVES = Tile(channels=16, warps=4)
+NARROW = Tile(channels=8, warps=4)
+
+
+def places(pairs):
+    """Rows of a tile of states, 4 for each channel: that of (channel p, n = 4 j + r)."""
+    both = ((p, r) for p in range(pairs) for r in range(4))
+    return {(p, r): 2 * pairs * (r % 2) + 2 * p + r // 2 for p, r in both}
 
 
 @dataclasses.dataclass(frozen=True)
 class TilePlan(common.Plan):
     """A plan whose warps own tiles of channels."""
 
-    multiprocessors: int
+    tile: Tile
 
     @property
     def warps(self):
         """Warps of a program."""
-        tiles = self.channels // TILE
-        many = math.gcd(MANY_WARPS, tiles)
-        if self.batch * self.chunks * (tiles // many) <= self.multiprocessors:
-            return many
-        return math.gcd(FEW_WARPS, tiles)
+        return math.gcd(self.tile.warps, self.channels // self.tile.channels)
 
     @property
     def across(self):
         """Programs side by side over the channels."""
-        return self.channels // (TILE * self.warps)
+        return self.channels // (self.tile.channels * self.warps)
+
+    @property
+    def pairs(self):
+        """Channels of a lane."""
+        return self.tile.channels // 8
 
     @property
     def uneven(self):
@@ -68,13 +97,17 @@ class TilePlan(common.Plan):
 
 def tile_plan(plan, dtypes):
     """The plan for these kernels, or None if they do not fit the call."""
-    shared = math.gcd(plan.channels // plan.B_groups, plan.channels // plan.C_groups)
-    fits = plan.state == STATE and shared % TILE == 0
     # Products round to 10 bits, as good as bfloat16 results need.
-    if not fits or any(dtype != jnp.bfloat16 for dtype in dtypes):
+    if plan.state != STATE or any(dtype != jnp.bfloat16 for dtype in dtypes):
         return None
-    count = getattr(jax.devices()[0], "core_count", MULTIPROCESSORS)
-    return TilePlan(**dataclasses.asdict(plan), multiprocessors=count)
+    shared = math.gcd(plan.channels // plan.B_groups, plan.channels // plan.C_groups)
+    multiprocessors = getattr(jax.devices()[0], "core_count", MULTIPROCESSORS)
+    for tile in (ONE_WAVE, WAVES, NARROW):
+        tiled = TilePlan(**dataclasses.asdict(plan), tile=tile)
+        whole = shared % tile.channels == 0
+        if whole and (tile != ONE_WAVE or tiled.programs <= multiprocessors):
+            return tiled
+    return None
 
 
 def _tile(values):
@@ -141,10 +174,12 @@ def _interpreted_product(left, right):
 
 
 def _outer(dx, B, plan):
-    """[8, lanes]: dx (of channels 2 i and 2 i + 1) times B (of n = 2 i and 2 i + 1).
+    """[4 pairs, lanes]: dx (of the lane's channels) times B (of n = 2 i and 2 i + 1).
 
-    Summed over the lanes of every four: one of them has a B that is not zero.
+    Summed over the lanes of every four: in all but one of them dx or B is zero.
     """
+    if plan.pairs == 1:
+        return _outer_of_one(dx[0], B, plan)
     if plan.interpret:
         return _tile([v for b in B for v in _interpreted_product(dx, [b])])
     given = _tile([*dx, *B] * 2)
@@ -154,6 +189,16 @@ def _outer(dx, B, plan):
     )
     # A result may be written before all arguments are read.
     return _asm(code, [given], ",".join(["=&f"] * 8 + ["f"] * 8))
+
+
+def _outer_of_one(dx, B, plan):
+    """The same for a channel a lane: even n in the upper half of a product, odd below."""
+    zeros = jnp.zeros_like(dx)
+    if plan.interpret:
+        return _tile(_interpreted_product([dx, zeros, zeros, dx], B))
+    left = ["$4", "zero", "zero", "$4"]
+    code = _multiply(_registers(0, 4), left, ["$5", "$6"], ["zero"] * 4)
+    return _asm(code, [_tile([dx, *B, zeros])], ",".join(["=f"] * 4 + ["f"] * 4))
 
 
 def _inner(h, C, plan):
@@ -173,6 +218,21 @@ def _inner(h, C, plan):
     return _rows(out)[:4]
 
 
+def _inner_of_one(h, C, plan):
+    """[lanes]: the sum of C h for channel i and the step of rows 2 j and 2 j + 1 of C."""
+    if plan.interpret:
+        h = _rows(h)
+        out = _interpreted_product(h[0::2] + h[1::2], C)
+        return out[0] + out[3]
+    h_registers = _registers(4, 4)
+    left = h_registers[0::2] + h_registers[1::2]
+    code = _multiply(_registers(0, 4), left, ["$8", "$9"], ["zero"] * 4)
+    given = [h, _tile(C * 2)]
+    out = _rows(_asm(code, given, ",".join(["=f"] * 4 + ["f"] * 8)))
+    # The even n of a step by the even rows of C, the odd n by the odd ones.
+    return out[0] + out[3]
+
+
 class _Place:
     """Where a program stands: row of the batch, chunk of time, its lanes' channels."""
 
@@ -182,14 +242,17 @@ class _Place:
         above = program // plan.across
         self.chunk, self.b = above % plan.chunks, above // plan.chunks
         lane = jnp.arange(plan.lanes, dtype=jnp.int32)
+        self.tiles = warp_tiles.Tiles(plan.interpret)
+        self.hidden_zero = self.tiles.hidden_zero(lane)
         tile = program % plan.across * plan.warps + lane // common.WARP
+        first, channels = tile * plan.tile.channels, plan.channels
         row, self.quad = lane % common.WARP // QUAD, lane % QUAD
-        self.channel = tile * TILE + 2 * row
-        channels = plan.channels
-        self.B_column = tile * TILE // (channels // plan.B_groups) * STATE + 2 * row
-        C_group = tile * TILE // (channels // plan.C_groups)
+        self.channel = first + plan.pairs * row
+        self.B_column = first // (channels // plan.B_groups) * STATE + 2 * row
+        C_group = first // (channels // plan.C_groups)
         self.C_column = C_group * STATE + QUAD * self.quad
-        self.C_step = row // 2 + QUAD * (row % 2)
+        self.odd_row = row % 2 == 1
+        self.C_step = row // 2 + (QUAD * (row % 2) if plan.pairs == 2 else 0)
         self.first = self.chunk * plan.chunk
         self.steps = min(plan.chunk, plan.length)
         if plan.length % plan.chunk and plan.chunks > 1:
@@ -199,95 +262,193 @@ class _Place:
         self.bias = self.per_channel(refs.bias)
 
     def per_channel(self, ref):
-        """[4, lanes]: the two channels, once for each of a lane's steps."""
-        return _tile([ref[self.channel + p].astype(jnp.float32) for p in range(2)] * 2)
+        """[2 pairs, lanes]: a lane's channels, once for each of its steps."""
+        pairs = range(self.plan.pairs)
+        return _tile([ref[self.channel + p].astype(jnp.float32) for p in pairs] * 2)
 
     def states(self, ref, *index):
-        """[8, lanes] of an array [..., E, N], its rows at PLACES."""
+        """[4 pairs, lanes] of an array [..., E, N], its rows at `places`."""
         rows = [
-            _rows(ref[(*index, *self._state_index(p, self.channel))]) for p in range(2)
+            _rows(ref[(*index, *self._state_index(p, self.channel))])
+            for p in range(self.plan.pairs)
         ]
-        found = {place: rows[p][r] for (p, r), place in PLACES.items()}
+        found = {at: rows[p][r] for (p, r), at in places(self.plan.pairs).items()}
         return _tile([found[place] for place in sorted(found)])
 
     def store_states(self, ref, h, *index):
-        rows = _rows(h)
-        for p in range(2):
+        rows, place = _rows(h), places(self.plan.pairs)
+        for p in range(self.plan.pairs):
             at = ref.at[(*index, *self._state_index(p, self.channel))]
-            plt.store(at, _tile([rows[PLACES[p, r]] for r in range(QUAD)]))
+            tile = _tile([rows[place[p, r]] for r in range(QUAD)])
+            plt.store(at, tile.astype(ref.dtype))
+
+    def keep(self, h, group, s):
+        """Stores the states before step `s` of a group, where the backward reads them."""
+        kept, every = self.refs.kept, self.plan.kept_every
+        if kept is not None and every < STEPS and s % every == 0:
+            t = self.first + group * STEPS + s
+            self.store_states(kept, h, self.b, t // every)
 
     def _state_index(self, p, channel):
         return (channel + p)[None, :], _columns(QUAD * self.quad, QUAD)
+
+    def store_steps(self, ref, rows, group):
+        """Stores rows [lanes], those of a lane's channels at its two steps of a group."""
+        pairs, plan = self.plan.pairs, self.plan
+        for k in range(2):
+            t = self.time(group) + QUAD * k
+            exists = t < plan.length if plan.uneven else None
+            if pairs == 1:
+                at, value = ref.at[self.b, t, self.channel], rows[k]
+            else:
+                columns = _columns(self.channel, pairs)
+                at, value = (
+                    ref.at[self.b, t[None, :], columns],
+                    _tile(rows[2 * k :][:2]),
+                )
+                exists = None if exists is None else exists[None, :]
+            mask = None if exists is None else jnp.broadcast_to(exists, value.shape)
+            plt.store(at, value.astype(ref.dtype), mask=mask)
 
     def time(self, group):
         """The first of a lane's two steps in a group."""
         return self.first + group * STEPS + self.quad
 
-    def load(self, names, group):
-        """A group of steps of the arrays of those names, as they lie in memory."""
-        last, loaded = self.plan.length - 1, {}
-        start = self.time(group)
-        pair = [jnp.minimum(start + QUAD * k, last) for k in range(2)]
+    def load(self, names, group, behind=None):
+        """A group of steps of the arrays of those names, as they lie in memory.
+
+        Two channels or states are a pair in a register: the halves of one that is
+        carried through a loop the compiler may swap right behind the load, which then
+        waits for memory.
+        They are not loaded before the values `behind` [lanes] are known.
+        """
+        quad, C_step = self.quad, self.C_step
+        if behind is not None:
+            bits = lax.bitcast_convert_type(behind, jnp.int32) & self.hidden_zero
+            quad, C_step = quad | bits, C_step | bits
+        loaded = {}
         for name in names:
             ref = getattr(self.refs, name)
             if ref is None:
                 continue
             if name == "C":
-                t = jnp.minimum(start - self.quad + self.C_step, last)[None, :]
-                loaded[name] = ref[self.b, t, _columns(self.C_column, QUAD)]
-            elif name == "restart":
-                loaded[name] = [ref[self.b, t] for t in pair]
+                halves = range(3 - self.plan.pairs)
+                steps = [C_step + QUAD * k for k in halves]
             else:
-                column = _columns(self.B_column if name == "B" else self.channel, 2)
-                loaded[name] = [ref[self.b, t[None, :], column] for t in pair]
+                steps = [quad, quad + QUAD]
+            steps = [self._existing(group, step) for step in steps]
+            column = {"B": self.B_column, "C": self.C_column}.get(name, self.channel)
+            count = {"B": 2, "C": QUAD}.get(name, self.plan.pairs)
+            if name == "restart":
+                loaded[name] = [ref[self.b, t] for t in steps]
+            elif count == 1:
+                loaded[name] = [ref[self.b, t, column] for t in steps]
+            else:
+                columns = _columns(column, count)
+                tiles = (ref[self.b, t[None, :], columns] for t in steps)
+                loaded[name] = [self.tiles.pairs(tile) for tile in tiles]
         return loaded
 
+    def _existing(self, group, step):
+        """That step of a group, or one that exists."""
+        if self.plan.uneven:
+            t = self.first + group * STEPS + step
+            return jnp.minimum(t, self.plan.length - 1)
+        return self.first + jnp.minimum(group, self.groups - 1) * STEPS + step
+
     def ready(self, loaded, group):
-        """What the steps of a group need, in float32; all but C in tiles [4, lanes]."""
+        """What the steps of a group need, in float32: tiles, and rows of C.
+
+        A tile [2 pairs, lanes] has a row for each of a lane's steps and its channels.
+        """
         plan = self.plan
         wide = {
-            name: _tile(
-                [row for tile in tiles for row in _rows(common._widen(tile, plan))]
-            )
-            for name, tiles in loaded.items()
+            name: self._widen(values)
+            for name, values in loaded.items()
             if name not in ("C", "restart")
         }
-        d = common._softplus(wide.pop("dt") + self.bias, plan)[0]
+        d = rough.softplus(wide.pop("dt") + self.bias, plan)[0]
         restart = loaded.get("restart")
         if plan.uneven:
             start = self.time(group)
             exist = [start + QUAD * k < plan.length for k in range(2)]
             rows = enumerate(_rows(d))
-            d = _tile([jnp.where(exist[k // 2], row, 0.0) for k, row in rows])
+            d = _tile([jnp.where(exist[k // plan.pairs], row, 0.0) for k, row in rows])
             if restart is not None:
                 pairs = zip(exist, restart, strict=True)
                 restart = [jnp.where(inside, r, 0.0) for inside, r in pairs]
         wide |= {"d": d, "dx": d * wide["x"], "restart": restart}
         if "C" in loaded:
-            wide["C"] = common._widen(loaded["C"], plan)
+            wide["C"] = self._rows_of_C(loaded["C"])
         return wide
 
-    def run(self, names, step, state):
+    def _widen(self, values):
+        """[k, lanes] in float32 of what was loaded for a lane's two steps."""
+        return _tile([row for value in values for row in self._wide_rows(value)])
+
+    def _wide_rows(self, value):
+        """Rows [lanes] in float32 of a value, or of rows of pairs."""
+        if value.ndim == 1:
+            return [value.astype(jnp.float32)]
+        return [half for pair in _rows(value) for half in warp_tiles.halves(pair)]
+
+    def _rows_of_C(self, values):
+        """Four [lanes]: the parts of C that are a lane's in the products."""
+        rows = [row for value in values for row in self._wide_rows(value)]
+        if self.plan.pairs == 2:
+            return rows
+        return [jnp.where(self.odd_row, rows[k + 1], rows[k]) for k in (0, 2, 4, 6)]
+
+    def step_sizes(self, d, s):
+        """The step sizes of step `s` of a lane's channels, from the lane that has them."""
+        later, lane = divmod(s, QUAD)
+        mine = d[self.plan.pairs * later :][: self.plan.pairs]
+        return [_from_lane(v, lane, self.plan) for v in mine]
+
+    def run(self, names, step, state, keep=None):
         """Goes through time; `step` is (group's number, its values, state) -> state.
 
-        A group is loaded, and made ready, while the one before it is computed.
+        A group is loaded, and made ready, while those before it are computed. `keep`,
+        if there is one, gets the number of each block of time and the state before it;
+        the loop over a block's groups is faster than one over all groups either way.
         """
-        plan = self.plan
+        plan, ahead = self.plan, self.plan.tile.ahead
+        size = common.BLOCK // STEPS
 
         def group(i, carry):
-            state, values = carry
-            loaded = self.load(names, i + 1)
-            zeros = jnp.zeros((plan.lanes,), jnp.float32)
-            # The compiler would move the loads down to where they are needed.
-            pinned = common._after_loads(zeros, i, plan)
-            now = values | {"d": values["d"] + pinned[None, :]}
-            rows = (name for name in ("d", "dx", "B", "C") if name in now)
-            now |= {name: _rows(now[name]) for name in rows}
+            state, values, waiting = carry
+            if ahead == 1:
+                waiting = [self.load(names, i + 1)]
+                values = self._after_loads(values, i)
+            rows = (name for name in ("d", "dx", "B") if name in values)
+            now = values | {name: _rows(values[name]) for name in rows}
             state = step(i, now, state)
-            return state, self.ready(loaded, i + 1)
+            values, waiting = self.ready(waiting[0], i + 1), waiting[1:]
+            if ahead > 1:
+                # Into the registers that were just read, without any moves.
+                behind = warp_tiles.get(values["d"], 0)
+                waiting = [*waiting, self.load(names, i + ahead, behind)]
+            return state, values, waiting
 
-        carry = (state, self.ready(self.load(names, 0), 0))
-        return lax.fori_loop(0, self.groups, group, carry)[0]
+        def block(i, carry):
+            # A branch inside the groups' loop would keep the loads from moving in it.
+            if keep is not None:
+                keep(i, carry[0])
+            count = size
+            if plan.uneven or plan.length % common.BLOCK:
+                count = jnp.minimum(size, self.groups - i * size)
+            return lax.fori_loop(0, count, lambda k, c: group(i * size + k, c), carry)
+
+        loaded = [self.load(names, i) for i in range(ahead)]
+        carry = (state, self.ready(loaded[0], 0), loaded[1:])
+        return lax.fori_loop(0, (self.groups + size - 1) // size, block, carry)[0]
+
+    def _after_loads(self, values, i):
+        """The same values, of which step sizes are not known before the loads before."""
+        zeros = jnp.zeros((self.plan.lanes,), jnp.float32)
+        # The compiler would move the loads down to where they are needed.
+        pinned = common._after_loads(zeros, i, self.plan)
+        return values | {"d": values["d"] + pinned[None, :]}
 
 
 def _columns(first, count):
@@ -296,14 +457,20 @@ def _columns(first, count):
 
 
 def _advance(place, values, s, h):
-    """The states [8, lanes] after step s of a group."""
+    """The states [4 pairs, lanes] after step s of a group."""
     plan = place.plan
     later, lane = divmod(s, QUAD)
     mine = place.quad == lane
-    dx, B, d = (values[name][2 * later :][:2] for name in ("dx", "B", "d"))
-    added = _outer(dx, [jnp.where(mine, b, 0.0) for b in B], plan)
-    d = [_from_lane(v, lane, plan) for v in d]
-    exponents = place.A2 * _tile([d[0], d[0], d[1], d[1]] * 2)
+    B = values["B"][2 * later :][:2]
+    dx = values["dx"][plan.pairs * later :][: plan.pairs]
+    # Of a product's operands the one in fewer registers is zero in the other lanes.
+    if plan.pairs == 1:
+        dx = [jnp.where(mine, dx[0], 0.0)]
+    else:
+        B = [jnp.where(mine, b, 0.0) for b in B]
+    added = _outer(dx, B, plan)
+    d = place.step_sizes(values["d"], s)
+    exponents = place.A2 * _tile([v for v in d for _ in range(2)] * 2)
     if values["restart"] is not None:
         restart = _from_lane(values["restart"][later], lane, plan)
         exponents = exponents + restart[None, :]
@@ -312,9 +479,13 @@ def _advance(place, values, s, h):
 
 def _read(place, values, s, h, y):
     """Puts sum_n C h of step s into the rows y, in the lanes that hold the step."""
+    plan, y = place.plan, list(y)
     later, lane = divmod(s, QUAD)
-    out = _inner(h, values["C"], place.plan)
-    y = list(y)
+    if plan.pairs == 1:
+        total = _inner_of_one(h, values["C"][2 * later :][:2], plan)
+        y[later] = jnp.where(place.quad == lane, total, y[later])
+        return y
+    out = _inner(h, values["C"], plan)
     for p in range(2):
         row = 2 * later + p
         y[row] = jnp.where(place.quad == lane, out[2 * p + later], y[row])
@@ -322,39 +493,32 @@ def _read(place, values, s, h, y):
 
 
 def forward_kernel(plan, refs):
-    """Outputs, the chunk's last state, and the state before each block of time."""
+    """Outputs, the chunk's last state, and the states that the plan keeps."""
     place = _Place(plan, refs)
     skip = place.per_channel(refs.D)
 
     def group(i, values, h):
-        start = place.first + i * STEPS
-        if refs.kept is not None:
-
-            @pl.when(start % common.BLOCK == 0)
-            def _():
-                place.store_states(refs.kept, h, place.b, start // common.BLOCK)
-
-        y = [jnp.zeros((plan.lanes,), jnp.float32)] * 4
+        y = [jnp.zeros((plan.lanes,), jnp.float32)] * (2 * plan.pairs)
         for s in range(STEPS):
+            place.keep(h, i, s)
             h = _advance(place, values, s, h)
             y = _read(place, values, s, h, y)
         y = _tile(y) + skip * values["x"]
         if refs.z is not None:
-            y = y * (values["z"] * common._sigmoid(values["z"], plan))
-        rows = _rows(y)
-        for k in range(2):
-            t = (place.time(i) + QUAD * k)[None, :]
-            tile = _tile(rows[2 * k :][:2]).astype(refs.y.dtype)
-            mask = (
-                jnp.broadcast_to(t < plan.length, tile.shape) if plan.uneven else None
-            )
-            plt.store(
-                refs.y.at[place.b, t, _columns(place.channel, 2)], tile, mask=mask
-            )
+            y = y * rough.silu(values["z"], plan)
+        place.store_steps(refs.y, _rows(y), i)
         return h
 
     names = ("x", "dt", "B", "C", "z", "restart")
-    h = place.run(names, group, place.states(refs.h0, place.b, place.chunk))
+    keep = None
+    if refs.kept is not None and plan.kept_every == common.BLOCK:
+
+        def keep(i, h):
+            number = place.first // common.BLOCK + i
+            place.store_states(refs.kept, h, place.b, number)
+
+    h = place.states(refs.h0, place.b, place.chunk)
+    h = place.run(names, group, h, keep)
     place.store_states(refs.end, h, place.b, place.chunk)
 
 
@@ -369,10 +533,11 @@ def local_state_kernel(plan, refs):
         return h, [a + b for a, b in zip(total, values["d"], strict=True)]
 
     lanes = jnp.zeros((plan.lanes,), jnp.float32)
-    carry = (jnp.zeros_like(place.A2), [lanes] * 4)
+    carry = (jnp.zeros_like(place.A2), [lanes] * (2 * plan.pairs))
     h, rows = place.run(("x", "dt", "B", "restart"), group, carry)
     place.store_states(refs.end, h, place.b, place.chunk)
-    for p in range(2):
-        parts = [_from_lane(rows[p] + rows[2 + p], lane, plan) for lane in range(QUAD)]
+    for p in range(plan.pairs):
+        both = rows[p] + rows[plan.pairs + p]
+        parts = [_from_lane(both, lane, plan) for lane in range(QUAD)]
         at = refs.total.at[place.b, place.chunk, place.channel + p]
         plt.store(at, sum(parts[1:], parts[0]))

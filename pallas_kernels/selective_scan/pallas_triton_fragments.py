@@ -25,6 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.selective_scan import pallas_triton_bfloat16 as rough
 from pallas_kernels.selective_scan import pallas_triton_kernels as kernels
 from pallas_kernels.selective_scan.warp_tiles import (
     F32,
@@ -40,13 +41,32 @@ from pallas_kernels.selective_scan.warp_tiles import (
 TILE = 16
 # Steps of a group: lanes of a quad.
 GROUP = 4
-# Steps between the states that the first walk through a block leaves for the second.
-SPARSE = 2
-# Warps of a program. So many leave the compiler 128 registers a thread, and then all
-# programs of a large batch run at once.
-MOST_WARPS = 16
+# Steps whose decays and states are in registers at a time.
+PART = 2
+# What the two walks through a block load of each group.
+FIRST_WALK = ("x", "dt", "B", "restart")
+WALK_BACK = (*FIRST_WALK, "z", "dy", "C")
 # bfloat16 ones.
 ONES = 0x3F803F80
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the backward kernel works; every choice computes the same sums.
+
+    Attributes:
+      warps: Warps of a program, at most. With 16 the compiler has 128 registers a thread,
+        and all programs of a large batch run at once.
+      apart: Steps, 2 or 4, between the states that the walk back in time starts from,
+        where the forward pass keeps one a block of time. A first walk through the block
+        computes the others again; none does where the forward pass keeps those.
+    """
+
+    warps: int
+    apart: int
+
+
+LAYOUT = Layout(warps=16, apart=4)
 
 
 def fits(plan, dtypes):
@@ -55,9 +75,15 @@ def fits(plan, dtypes):
     return whole_tiles and all(dtype == jnp.bfloat16 for dtype in dtypes)
 
 
+def kept_every(plan, dtypes, wanted):
+    """Steps between the states that the forward pass keeps; only here less than 64."""
+    known = wanted <= GROUP and fits(plan, dtypes)
+    return wanted if known else kernels.BLOCK
+
+
 def warps(plan):
     """Warps of a program, side by side over the channels."""
-    return math.gcd(plan.channels // TILE, MOST_WARPS)
+    return math.gcd(plan.channels // TILE, LAYOUT.warps)
 
 
 def programs(plan):
@@ -67,7 +93,7 @@ def programs(plan):
 
 def scratch(plan):
     """Space for a block's states."""
-    shape = (programs(plan), kernels.BLOCK // SPARSE, warps(plan) * WARP, 4)
+    shape = (programs(plan), kernels.BLOCK // LAYOUT.apart, warps(plan) * WARP, 4)
     return jax.ShapeDtypeStruct(shape, I32)
 
 
@@ -76,12 +102,15 @@ class _Program:
 
     def __init__(self, plan, refs):
         self.plan, self.refs = plan, refs
+        self.kept = plan.kept_every < kernels.BLOCK
+        self.apart = plan.kept_every if self.kept else LAYOUT.apart
         self.tiles = Tiles(plan.interpret)
         count = warps(plan)
         across = plan.channels // TILE // count
         self.program = pl.program_id(0)
         self.chunk = self.program // across % plan.chunks
         self.b = self.program // across // plan.chunks
+        self.here = (self.b, self.chunk)
         self.lane = jnp.arange(count * WARP, dtype=I32)
         self.r, self.q = self.lane % WARP // 4, self.lane % 4
         self.tile = self.program % across * count + self.lane // WARP
@@ -106,12 +135,12 @@ class _Program:
     def zeros(self, rows, dtype=F32):
         return jnp.zeros((rows, self.lane.shape[0]), dtype)
 
-    def groups(self, start):
-        """Groups of steps in the block that begins at `start`."""
-        most = kernels.BLOCK // GROUP
-        if not self.plan.ragged:
-            return most
-        return jnp.minimum(most, (self.plan.length - start + GROUP - 1) // GROUP)
+    def groups(self, start, steps):
+        """Groups in the block or chunk of so many steps that begins at `start`."""
+        if self.plan.length % steps == 0:
+            return steps // GROUP
+        left = (self.plan.length - start + GROUP - 1) // GROUP
+        return jnp.minimum(steps // GROUP, left)
 
     def time(self, t):
         """(the lane's step of the group at `t` or the last step, whether it exists)."""
@@ -158,11 +187,38 @@ class _Program:
             plt.store(at, make(*first[rows], *second[rows]))
 
     def sparse(self, i):
-        """Where state `i` of a block is kept."""
+        """Where the first walk leaves state `i` of a block."""
         return self.refs.scratch.at[self.program, i, self.lane[None, :], row_index(4)]
 
+    def known(self, start, group):
+        """States at every `apart` steps of a group, of the block or chunk at `start`."""
+        count = GROUP // self.apart
+        if not self.kept:
+            return [self.sparse(group * count + i)[...] for i in range(count)]
+        first = start // self.apart + group * count
+        columns = 4 * self.q[None, :] + row_index(4)
+        loaded = [
+            [
+                self.refs.kept[self.b, first + i, self.channel[None, :] + p, columns]
+                for p in range(2)
+            ]
+            for i in range(count)
+        ]
+        return [[self.tiles.pairs(tile) for tile in both] for both in loaded]
+
+    def left(self, known):
+        """A known state as the left operand of products."""
+        if not self.kept:
+            return known
+        a, b = known
+        return make(get(a, 0), get(b, 0), get(a, 1), get(b, 1))
+
     def load(self, t, names):
-        """A group of steps as it lies in memory."""
+        """A group of steps as it lies in memory, bfloat16 in pairs.
+
+        The halves of a pair that is carried through a loop the compiler may swap right
+        behind the load, which then waits for memory.
+        """
         t, _ = self.time(t)
         loaded = {}
         for name in names:
@@ -172,36 +228,42 @@ class _Program:
             if name in self.group_starts:
                 start = self.group_starts[name] + 4 * (self.r // 2)
                 index = (self.b, t[None, :], start[None, :] + row_index(4))
-                loaded[name] = ref[index]
+                loaded[name] = self.tiles.pairs(ref[index])
             elif name == "restart":
                 loaded[name] = ref[self.b, t]
             else:
-                loaded[name] = self.pair(ref, self.b, t)
+                loaded[name] = self.tiles.pairs(self.pair(ref, self.b, t))
         return loaded
 
-    def run(self, count, load, body, state):
-        """Runs `body` on groups, each loaded while the group before it is computed."""
+    def run(self, count, load, body, state, loaded):
+        """Runs `body` on groups, each loaded while the one before it is computed.
+
+        `load` is asked for group `count` as well. Returns the state after the groups
+        and that one, loaded.
+        """
 
         def step(i, carry):
             state, loaded = carry
-            following = load(jnp.minimum(i + 1, count - 1))
+            following = load(i + 1)
             return body(i, loaded, state), following
 
-        return lax.fori_loop(0, count, step, (state, load(0)))[0]
+        return lax.fori_loop(0, count, step, (state, loaded))
 
     def inputs(self, loaded, t):
-        """What both walks need of a group, for the lane's two channels and its step."""
+        """What every walk needs of a group, for the lane's two channels and its step."""
         t, exists = self.time(t)
         v = self.tiles.widen(loaded["dt"]) + self.bias
-        d, u = kernels._softplus(v, self.plan)
+        d, u = rough.softplus(v, self.plan)
         d = self.keep(d, exists)
-        x = self.tiles.widen(loaded["x"])
-        restart = loaded.get("restart")
-        if restart is not None:
-            restart = self.keep(restart, exists)
-        return types.SimpleNamespace(
-            t=t, exists=exists, x=x, v=v, u=u, d=d, dx=d * x, restart=restart
-        )
+        slope = kernels._reciprocal(1.0 + u, self.plan)
+        slope = jnp.where(v >= 0.0, slope, u * slope)
+        step = types.SimpleNamespace(t=t, exists=exists, d=d, slope=slope, restart=None)
+        if "x" in loaded:
+            step.x = self.tiles.widen(loaded["x"])
+            step.dx = d * step.x
+        if "restart" in loaded:
+            step.restart = self.keep(loaded["restart"], exists)
+        return step
 
     def factors(self, *values):
         """Left operand of the outer products of [2, lanes] values with B and C."""
@@ -209,11 +271,11 @@ class _Program:
 
     def rows(self, loaded):
         """Rows of B or C, one in each lane's column: right operand of outer products."""
-        return self.tiles.doubled(self.tiles.pairs_of_four(loaded), self.selector)
+        return self.tiles.doubled(self.tiles.operand(loaded), self.selector)
 
     def columns(self, loaded):
         """The same numbers as columns, of states: right operand of sums over states."""
-        pairs = self.tiles.pairs_of_four(loaded)
+        pairs = self.tiles.operand(loaded)
         return self.tiles.across(pairs, 8 * self.q + self.r // 2)
 
     def decays(self, step, u, behind=None):
@@ -262,39 +324,46 @@ class _Sums:
         return make(get(total, offset), get(total, 2 + offset))
 
 
-def _up(program, start, groups):
-    """First walk: leaves a block's states in the scratch array, returns the last."""
+def _up(program, start, groups, loaded):
+    """First walk through a block, from its first group, `loaded`, on.
+
+    Leaves states in the scratch array; returns those of the last group, the block's last
+    state, and the last group, loaded: the walk back begins there.
+    """
     tiles = program.tiles
 
-    def body(j, loaded, h):
+    def body(j, loaded, carry):
+        h, _ = carry
         step = program.inputs(loaded, start + j * GROUP)
         factors = program.factors(step.dx, step.dx)
-        rows = program.rows(loaded["B"])
+        rows, known = program.rows(loaded["B"]), []
         for u in range(GROUP):
-            if u % SPARSE == 0:
-                at = program.sparse((j * GROUP + u) // SPARSE)
-                plt.store(at, tiles.left(h))
+            if u % program.apart == 0:
+                known.append(tiles.left(h))
+                at = program.sparse((j * GROUP + u) // program.apart)
+                plt.store(at, known[-1])
             h = program.advance(program.decays(step, u), h, factors, rows, u)
-        return h
+        return h, known
 
-    h = program.run(
-        groups,
-        lambda j: program.load(start + j * GROUP, ("x", "dt", "B", "restart")),
-        body,
-        program.states(program.refs.kept, program.b, start // kernels.BLOCK),
-    )
-    return tiles.left(h)
+    def load(j):
+        t = start + jnp.minimum(j, groups - 1) * GROUP
+        return program.load(t, FIRST_WALK)
+
+    h = program.states(program.refs.kept, program.b, start // kernels.BLOCK)
+    known = [program.zeros(4, I32)] * (GROUP // program.apart)
+    (h, known), loaded = program.run(groups, load, body, (h, known), loaded)
+    return known, tiles.left(h), loaded
 
 
 def _gate(program, step, loaded):
-    """Adds the upstream gradient, the gate's slope, and the ungated output's gradient."""
-    step.dy = program.keep(program.tiles.widen(loaded["dy"]), step.exists)
-    step.g, step.gate_slope = step.dy, None
+    """Adds the gradients of the ungated output and, for each unit of that, of the gate."""
+    dy = program.keep(program.tiles.widen(loaded["dy"]), step.exists)
+    step.g, step.dz = dy, None
     if "z" in loaded:
         z = program.tiles.widen(loaded["z"])
-        sigmoid = kernels._sigmoid(z, program.plan)
-        step.g = step.dy * (z * sigmoid)
-        step.gate_slope = sigmoid * (1.0 + z * (1.0 - sigmoid))
+        sigmoid = rough.sigmoid(z, program.plan)
+        step.g = dy * (z * sigmoid)
+        step.dz = dy * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
 
 
 def _operands(program, step, loaded):
@@ -334,44 +403,49 @@ def _pull_back(program, step, operands, sums, u, decays, before, after, carry):
     return adjoint, tiles.multiply_add(d, pulled, dA)
 
 
-def _walk_group(program, step, operands, kept, adjoint, after):
+def _walk_group(program, step, operands, known, adjoint, after):
     """A group's steps backwards; (adjoint, share of dA, sums, state before them)."""
-    tiles = program.tiles
+    tiles, apart = program.tiles, program.apart
     sums = _Sums(tiles, program.r, *(program.zeros(4) for _ in range(3)))
     dA = program.zeros(4, I32)
-    for part in reversed(range(GROUP // SPARSE)):
+    # Before each step and after the last one.
+    states = {i * apart: state for i, state in enumerate(known)} | {GROUP: after}
+
+    def advance(u, decays):
+        h = tiles.accumulators(states[u])
+        h = program.advance(decays, h, operands.factors, operands.rows["B"], u)
+        states[u + 1] = tiles.left(h)
+
+    for u in range(GROUP - PART):
+        if (u // PART + 1) * PART not in states:
+            advance(u, program.decays(step, u))
+    for first in reversed(range(0, GROUP, PART)):
         # Left alone, the compiler computes all decays first and runs out of registers.
-        behind = adjoint[0] if part < GROUP // SPARSE - 1 else None
-        states, decays, h = [kept[part]], [], tiles.accumulators(kept[part])
-        for u in range(part * SPARSE, (part + 1) * SPARSE - 1):
-            decays.append(program.decays(step, u, behind))
-            rows = operands.rows["B"]
-            h = program.advance(decays[-1], h, operands.factors, rows, u)
-            states.append(tiles.left(h))
-        decays.append(program.decays(step, (part + 1) * SPARSE - 1, behind))
-        states.append(after)
-        for i in reversed(range(SPARSE)):
-            u, around = part * SPARSE + i, (decays[i], states[i], states[i + 1])
+        behind = adjoint[0] if first + PART < GROUP else None
+        decays = {}
+        for u in range(first, first + PART):
+            decays[u] = program.decays(step, u, behind)
+            if u + 1 not in states:
+                advance(u, decays[u])
+        for u in reversed(range(first, first + PART)):
+            around = (decays[u], states[u], states[u + 1])
             carry = (adjoint, dA)
             adjoint, dA = _pull_back(program, step, operands, sums, u, *around, carry)
-        after = kept[part]
-    return adjoint, tiles.accumulators(dA), sums, after
+    return adjoint, tiles.accumulators(dA), sums, states[0]
 
 
 def _store_group(program, step, sums, t, skip):
     """Stores a group's gradients; returns that of dt."""
-    plan, refs = program.plan, program.refs
+    refs = program.refs
     # Steps past the end are masked: their own place, not the last step's.
     at = (program.b, step.t if step.exists is None else t + program.q)
     store = functools.partial(program.store_pair, mask=step.exists)
     y = sums.by_step("states", 0) + skip * step.x
     sum_B = sums.by_step("states", 1)
-    if step.gate_slope is not None:
-        store(refs.dz, step.dy * y * step.gate_slope, *at)
+    if step.dz is not None:
+        store(refs.dz, step.dz * y, *at)
     dd = step.x * sum_B + (1.0 / kernels.LOG2E) * sums.by_step("weighted", 0)
-    slope = kernels._reciprocal(1.0 + step.u, plan)
-    slope = jnp.where(step.v >= 0.0, slope, step.u * slope)
-    ddt = program.keep(dd * slope, step.exists)
+    ddt = program.keep(dd * step.slope, step.exists)
     store(refs.ddt, ddt, *at)
     store(refs.dx, step.g * skip + step.d * sum_B, *at)
     state = program.tile * TILE + 4 * (program.r // 2) + program.r % 2
@@ -383,54 +457,120 @@ def _store_group(program, step, sums, t, skip):
     return ddt
 
 
-def _down(program, start, groups, last, carry):
-    """Second walk: pulls gradients back through a block, whose last state is `last`."""
+def _down(program, start, groups, loaded, last, carry, following):
+    """Pulls gradients back through a block or a chunk.
 
-    def place(j):
-        return groups - 1 - j
+    Args:
+      program: The program's place.
+      start: Its first step.
+      groups: How many groups it has.
+      loaded: (the last of them, loaded; the states known in it).
+      last: The state after it.
+      carry: What is carried from block to block.
+      following: First step of the group to load in the end.
+
+    Returns:
+      (what is carried on, that group, loaded).
+    """
 
     def load(j):
-        names = ("x", "dt", "z", "dy", "B", "C", "restart")
-        first = place(j) * (GROUP // SPARSE)
-        kept = [program.sparse(first + i)[...] for i in range(GROUP // SPARSE)]
-        return program.load(start + place(j) * GROUP, names), kept
+        place = groups - 1 - j
+        t = jnp.where(j < groups, start + place * GROUP, following)
+        known = program.known(start, jnp.maximum(place, 0))
+        return program.load(t, WALK_BACK), known
 
     def body(j, loaded, carry):
-        loaded, kept = loaded
+        loaded, known = loaded
         adjoint, dA, dD, dbias, after = carry
-        t = start + place(j) * GROUP
+        t = start + (groups - 1 - j) * GROUP
         # Not kept from group to group: two registers that would have to be spilled.
         skip = program.pair(program.refs.D)
         step = program.inputs(loaded, t)
         _gate(program, step, loaded)
         operands = _operands(program, step, loaded)
+        known = [program.left(v) for v in known]
         adjoint, share, sums, after = _walk_group(
-            program, step, operands, kept, adjoint, after
+            program, step, operands, known, adjoint, after
         )
         dA = [s + v for s, v in zip(dA, share, strict=True)]
         ddt = _store_group(program, step, sums, t, skip)
         return adjoint, dA, dD + step.g * step.x, dbias + ddt, after
 
-    return program.run(groups, load, body, (*carry, last))[:-1]
+    carry, (loaded, _) = program.run(groups, load, body, (*carry, last), loaded)
+    return carry[:-1], loaded
+
+
+def _walk_chunk(program, carry):
+    """Pulls gradients back through a chunk of which every group's states are kept."""
+    start = program.first
+    groups = program.groups(start, program.plan.chunk)
+    last = program.tiles.left(program.states(program.refs.end, *program.here))
+    t = start + (groups - 1) * GROUP
+    loaded = program.load(t, WALK_BACK), program.known(start, groups - 1)
+    return _down(program, start, groups, loaded, last, carry, start)[0]
+
+
+def _walk_blocks(program, carry):
+    """Pulls gradients back through a chunk, each block of time walked twice.
+
+    A walk's last iteration loads the first group of the next walk.
+    """
+
+    def block(i, carry):
+        carry, loaded = carry
+        start = program.first + (program.blocks - 1 - i) * kernels.BLOCK
+        groups = program.groups(start, kernels.BLOCK)
+        # What the first walk does not load.
+        names = [name for name in WALK_BACK if name not in FIRST_WALK]
+        rest = program.load(start + (groups - 1) * GROUP, names)
+        # The walks talk through the scratch array: a lane reads what it wrote.
+        known, last, loaded = _up(program, start, groups, loaded)
+        loaded = loaded | rest, known
+        before = jnp.maximum(start - kernels.BLOCK, program.first)
+        carry, loaded = _down(program, start, groups, loaded, last, carry, before)
+        return carry, {name: loaded[name] for name in FIRST_WALK if name in loaded}
+
+    start = program.first + (program.blocks - 1) * kernels.BLOCK
+    carry = carry, program.load(start, FIRST_WALK)
+    return lax.fori_loop(0, program.blocks, block, carry)[0]
 
 
 def backward_kernel(plan, refs):
     """All gradients; the sums over time are those of the program's chunk."""
     program = _Program(plan, refs)
-    here = (program.b, program.chunk)
-
-    def block(i, carry):
-        start = program.first + (program.blocks - 1 - i) * kernels.BLOCK
-        groups = program.groups(start)
-        # The walks talk through the scratch array: a lane reads what it wrote.
-        last = _up(program, start, groups)
-        return _down(program, start, groups, last, carry)
-
     zeros = [program.zeros(rows) for rows in (4, 4, 2, 2)]
-    carry = (program.states(refs.dh, *here), zeros[:2], *zeros[2:])
-    adjoint, dA, *sums = lax.fori_loop(0, program.blocks, block, carry)
-    program.store_states(refs.dh0, adjoint, *here)
-    program.store_states(refs.dA, dA, *here)
+    carry = (program.states(refs.dh, *program.here), zeros[:2], *zeros[2:])
+    walk = _walk_chunk if program.kept else _walk_blocks
+    adjoint, dA, *sums = walk(program, carry)
+    program.store_states(refs.dh0, adjoint, *program.here)
+    program.store_states(refs.dA, dA, *program.here)
     for ref, value in zip((refs.dD, refs.dbias), sums, strict=True):
-        total = program.tiles.quad_sum(value)
-        program.store_pair(ref, total, *here, mask=program.q == 0)
+        # All lanes of a quad store the same: a mask would take shared memory.
+        program.store_pair(ref, program.tiles.quad_sum(value), *program.here)
+
+
+def local_adjoint_kernel(plan, refs):
+    """What a chunk's own outputs pull back to the state before it."""
+    program = _Program(plan, refs)
+    groups = program.groups(program.first, plan.chunk)
+
+    def start(j):
+        return program.first + (groups - 1 - j) * GROUP
+
+    def body(j, loaded, adjoint):
+        step = program.inputs(loaded, start(j))
+        _gate(program, step, loaded)
+        factors, rows = program.factors(step.g, step.g), program.rows(loaded["C"])
+        for u in reversed(range(GROUP)):
+            adjoint = program.add_outer(adjoint, factors, rows, u)
+            decays = program.decays(step, u)
+            adjoint = [a * s for a, s in zip(decays, adjoint, strict=True)]
+        return adjoint
+
+    def load(j):
+        names = ("dt", "C", "z", "dy", "restart")
+        return program.load(start(jnp.minimum(j, groups - 1)), names)
+
+    adjoint = [program.zeros(4), program.zeros(4)]
+    adjoint, _ = program.run(groups, load, body, adjoint, load(0))
+    program.store_states(refs.end, adjoint, *program.here)

@@ -108,6 +108,15 @@ class Plan:
     row: int
     chunk: int
     interpret: bool
+    kept_every: int
+
+    @property
+    def kept(self):
+        """The states that the forward pass keeps for the backward pass, every so often."""
+        count = pl.cdiv(self.length, BLOCK) * (BLOCK // self.kept_every)
+        shape = (self.batch, count, self.channels, self.state)
+        sparse = self.kept_every == BLOCK
+        return jax.ShapeDtypeStruct(shape, jnp.float32 if sparse else jnp.bfloat16)
 
     @property
     def rows(self):

@@ -6,8 +6,25 @@ import jax.numpy as jnp
 from pallas_kernels import segments
 
 
-def selective_scan(x, dt, A, B, C, *, D, z, dt_bias, initial_state, segment_ids):
-    """Returns (y, final_state); see `api.selective_scan` for the arguments."""
+def selective_scan(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D,
+    z,
+    dt_bias,
+    initial_state,
+    segment_ids,
+    checkpoint_every=None,
+):
+    """Returns (y, final_state); see `api.selective_scan` for the arguments.
+
+    `checkpoint_every` changes nothing: JAX keeps every state for the backward pass.
+    """
+    del checkpoint_every
     batch, length, channels = x.shape
     f32 = jnp.float32
     A = A.astype(f32)

@@ -13,6 +13,7 @@ class Shape(NamedTuple):
     B_groups: int
     C_groups: int
     segments: int = 1
+    checkpoint_every: int = 64
 
 
 # Small enough for tests on a CPU.
@@ -28,6 +29,7 @@ SMALL = {
 # For benchmarks and tests on an accelerator.
 LARGE = {
     "paper_8b": Shape(8, 2048, 4096, 16, 64, 256),
+    "paper_8b_every_2": Shape(8, 2048, 4096, 16, 64, 256, checkpoint_every=2),
     "paper_8b_training": Shape(2, 2048, 4096, 16, 64, 256),
     "paper_8b_32k": Shape(1, 32768, 4096, 16, 64, 256),
     "paper_8b_packed": Shape(2, 2048, 4096, 16, 64, 256, segments=5),

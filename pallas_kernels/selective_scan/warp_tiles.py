@@ -52,7 +52,7 @@ def _upper(value):
     return lax.bitcast_convert_type(_bits(value) & jnp.int32(-65536), F32)
 
 
-def _halves(pairs):
+def halves(pairs):
     """The two bfloat16 values in each int32, in float32."""
     low = lax.bitcast_convert_type(pairs << 16, F32)
     return low, lax.bitcast_convert_type(pairs & jnp.int32(-65536), F32)
@@ -65,8 +65,8 @@ def _pair(low, high):
 
 def _matrices(pairs):
     """Registers [..., lanes] of pairs -> the 8 x 8 matrices that they hold, by warp."""
-    halves = [half.reshape(-1, 8, 4) for half in _halves(pairs)]
-    return jnp.stack(halves, axis=-1).reshape(-1, 8, 8)
+    values = [half.reshape(-1, 8, 4) for half in halves(pairs)]
+    return jnp.stack(values, axis=-1).reshape(-1, 8, 8)
 
 
 def _call(code, args, dtype, pack=1):
@@ -112,7 +112,7 @@ class Tiles:
     def accumulators(self, left):
         """The inverse of `left`, rounded as that was."""
         if self.interpret:
-            low, high = _halves(left)
+            low, high = halves(left)
             return [
                 jnp.stack([low[i], high[i], low[i + 1], high[i + 1]]) for i in (0, 2)
             ]
@@ -169,8 +169,8 @@ class Tiles:
     def multiply_add(self, x, y, z=None):
         """The sum x y + z on pairs of bfloat16."""
         if self.interpret:
-            x, y = _halves(x), _halves(y)
-            z = (0.0, 0.0) if z is None else _halves(z)
+            x, y = halves(x), halves(y)
+            z = (0.0, 0.0) if z is None else halves(z)
             return _pair(x[0] * y[0] + z[0], x[1] * y[1] + z[1])
         z = jnp.full_like(x, -0x7FFF8000) if z is None else z
         return _call("fma.rn.bf16x2 $0, $1, $2, $3;", [x, y, z], I32)
@@ -205,21 +205,24 @@ class Tiles:
         code = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;"
         return _call(code, [value, source], value.dtype)
 
-    def pairs_of_four(self, tile):
-        """bfloat16 [4, lanes] -> two rows of pairs, and two rows of zeros."""
+    def pairs(self, tile):
+        """bfloat16 [2 or 4, lanes] -> one or two rows of pairs."""
         if self.interpret:
-            a, b, c, d = tile.astype(F32)
-            zero = jnp.zeros_like(a, I32)
-            return jnp.stack([_pair(a, b), _pair(c, d), zero, zero])
-        code = "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, 0; mov.b32 $3, 0;"
-        return _call(code, [tile], I32, pack=4)
+            rows = tile.astype(F32)
+            return jnp.stack([_pair(*rows[i : i + 2]) for i in range(0, len(rows), 2)])
+        count = tile.shape[0]
+        code = (f"mov.b32 ${i}, ${count + i % (count // 2)};" for i in range(count))
+        whole = _call(" ".join(code), [tile], I32, pack=count)
+        return make(*(get(whole, i) for i in range(count // 2)))
 
-    def widen(self, tile):
-        """bfloat16 [2, lanes] -> float32."""
-        if self.interpret:
-            return tile.astype(F32)
-        code = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
-        return _call(code, [tile], F32, pack=2)
+    def widen(self, pairs):
+        """One row of pairs -> their values, float32 [2, lanes]."""
+        return make(*halves(get(pairs, 0)))
+
+    def operand(self, pairs):
+        """Two rows of pairs, and two rows of zeros."""
+        zero = jnp.zeros_like(get(pairs, 0))
+        return make(get(pairs, 0), get(pairs, 1), zero, zero)
 
     def doubled(self, pairs, selector):
         """One half of each pair, twice; `selector` is `half_selector` of the half."""

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import types
 
 import jax
 import jax.numpy as jnp
@@ -64,12 +65,13 @@ def make_inputs(shape, *, options=True, seed=0):
     return inputs, cotangents
 
 
-@functools.partial(quick_jit, static_argnames="implementation")
-def pull_back(implementation, inputs, ids, cotangents):
+@functools.partial(quick_jit, static_argnames=("implementation", "every"))
+def pull_back(implementation, inputs, ids, cotangents, every=64):
     """Outputs and the gradient of every float input."""
 
     def scan(inputs):
-        return selective_scan(**inputs, segment_ids=ids, implementation=implementation)
+        options = {"implementation": implementation, "checkpoint_every": every}
+        return selective_scan(**inputs, segment_ids=ids, **options)
 
     outputs, vjp = jax.vjp(scan, inputs)
     return outputs, vjp(cotangents)[0]
@@ -239,9 +241,19 @@ class TestEveryImplementation:
         assert_tree_close(mapped(inputs), expected, 2e-6)
 
 
-def test_tiles_of_channels(monkeypatch, make_segments, assert_tree_close):
-    """The kernels for groups of 16 channels, 16 states and bfloat16, cut in time."""
-    shape = shapes.Shape(1, 37, 48, 16, 1, 3, segments=3)
+@pytest.mark.parametrize(
+    ("groups", "tile"),
+    [
+        (3, pallas_triton.forward.ONE_WAVE),
+        (3, pallas_triton.forward.WAVES),
+        (6, pallas_triton.forward.NARROW),
+    ],
+    ids=["loads two groups ahead", "loads one group ahead", "groups of 8"],
+)
+def test_tiles_of_channels(monkeypatch, make_segments, assert_tree_close, groups, tile):
+    """The kernels for tiles of 16 or 8 channels, 16 states and bfloat16, cut in time."""
+    shape = shapes.Shape(1, 37, 48, 16, 1, groups, segments=3)
+    monkeypatch.setattr(pallas_triton.forward, "ONE_WAVE", tile)
     monkeypatch.setattr(pallas_triton.kernels, "BLOCK", 8)
     monkeypatch.setattr(pallas_triton, "ENOUGH_WARPS", 8)
     planned = []
@@ -266,13 +278,26 @@ def test_tiles_of_channels(monkeypatch, make_segments, assert_tree_close):
     )(**low, segment_ids=ids)
     up = {k: np.asarray(v).astype(np.float32) for k, v in low.items()}
     assert_tree_close(found, forward("reference", up, ids), 1e-2)
-    assert [plan.chunks for plan in planned] == [3]
+    assert [(plan.chunks, plan.tile) for plan in planned] == [(3, tile)]
 
 
-def test_gradients_of_tiles_of_channels(monkeypatch, make_segments, assert_tree_close):
+@pytest.mark.parametrize(
+    ("every", "layout"),
+    [
+        (64, pallas_triton.fragments.Layout(warps=16, apart=4)),
+        (64, pallas_triton.fragments.Layout(warps=16, apart=2)),
+        (4, pallas_triton.fragments.LAYOUT),
+        (2, pallas_triton.fragments.LAYOUT),
+    ],
+    ids=["first walk", "first walk, every second", "every fourth", "every second"],
+)
+def test_gradients_of_tiles_of_channels(
+    monkeypatch, make_segments, assert_tree_close, every, layout
+):
     """The backward kernel in matrix fragments, over chunks of time and a ragged end."""
     shape = shapes.Shape(1, 37, 48, 16, 1, 3, segments=3)
     monkeypatch.setattr(pallas_triton, "ENOUGH_WARPS", 8)
+    monkeypatch.setattr(pallas_triton.fragments, "LAYOUT", layout)
     inputs, (dy, dh) = make_inputs(shape)
     ids = make_segments(
         np.random.default_rng(1), shape.batch, shape.length, shape.segments
@@ -282,7 +307,9 @@ def test_gradients_of_tiles_of_channels(monkeypatch, make_segments, assert_tree_
         for k, v in inputs.items()
     }
     dy = jnp.asarray(dy, jnp.bfloat16)
-    found = pull_back("pallas_triton", low, ids, (dy, dh))
+    # Not compiled by another case of this test: what it patches is not an argument.
+    pull_back.clear_cache()
+    found = pull_back("pallas_triton", low, ids, (dy, dh), every)
     up = {k: np.asarray(v).astype(np.float32) for k, v in low.items()}
     expected = pull_back("reference", up, ids, (np.asarray(dy).astype(np.float32), dh))
     assert_tree_close(found, expected, 1e-2)
@@ -290,13 +317,47 @@ def test_gradients_of_tiles_of_channels(monkeypatch, make_segments, assert_tree_
     sizes = np.array([-(2.0**30), -50.0, 0.0, 5.0, 1e3], np.float32)
     dt = np.random.default_rng(3).choice(sizes, low["dt"].shape)
     low, up = low | {"dt": jnp.asarray(dt, jnp.bfloat16)}, up | {"dt": dt}
-    found = pull_back("pallas_triton", low, ids, (dy, dh))
+    found = pull_back("pallas_triton", low, ids, (dy, dh), every)
     expected = pull_back("reference", up, ids, (np.asarray(dy).astype(np.float32), dh))
     assert_tree_close(found, expected, 1e-2)
 
 
-def test_tiles_over_many_steps(assert_tree_close):
-    inputs, (dy, _) = make_inputs(shapes.Shape(1, 500, 16, 16, 1, 1))
+@pytest.mark.parametrize("name", api.IMPLEMENTATIONS)
+def test_checkpoints_elsewhere_change_nothing(name, assert_tree_close):
+    """4 states a channel fit no kernel that keeps more states."""
+    inputs, ids, cotangents = case("one_token", lambda *_: None)
+    expected = pull_back(name, inputs, ids, cotangents)
+    found = pull_back(name, inputs, ids, cotangents, 2)
+    assert_tree_close(found, expected, 0.0)
+
+
+def test_refuses_other_checkpoints():
+    inputs, _ = make_inputs(shapes.SMALL["batch_1"])
+    message = "selective_scan: checkpoint_every is 8; it can be 64, 4, 2"
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**inputs, checkpoint_every=8)
+
+
+def test_softplus_and_gate_to_16_bits():
+    """Relative to float64 for step sizes from 1e-13 to 80; the gate in absolute terms."""
+    rough = pallas_triton.forward.rough
+    v = np.linspace(-30.0, 80.0, 100_001, dtype=np.float32)
+    plan = types.SimpleNamespace(interpret=True)
+    steps, u = rough.softplus(jnp.asarray(v), plan)
+    wide = v.astype(np.float64)
+    np.testing.assert_allclose(steps, np.logaddexp(0.0, wide), rtol=2e-5)
+    np.testing.assert_allclose(u, np.exp(-np.abs(wide)), rtol=2e-5, atol=1e-37)
+    sigmoid = 1.0 / (1.0 + np.exp(-wide))
+    np.testing.assert_allclose(rough.sigmoid(v, plan), sigmoid, atol=2.0**-12)
+    error = np.abs(rough.silu(v, plan) - wide * sigmoid)
+    assert np.all(error <= 2.0**-12 * np.abs(wide))
+
+
+@pytest.mark.parametrize("length", [1, 63, 500])
+def test_tiles_over_many_steps(monkeypatch, assert_tree_close, length):
+    """Whole blocks of time, and a last one that is shorter."""
+    monkeypatch.setattr(pallas_triton.kernels, "BLOCK", 64)
+    inputs, (dy, _) = make_inputs(shapes.Shape(1, length, 16, 16, 1, 1))
     (low, _), (up, _) = rounded(inputs, dy)
     found = forward("pallas_triton", low)
     assert_tree_close(found, forward("reference", up), 1e-2)

@@ -35,14 +35,16 @@ def abstract_inputs(shape, dtype, *, options=True):
     return {k: jax.ShapeDtypeStruct(*v) for k, v in sizes.items()}
 
 
-def scan(inputs, ids=None):
+def scan(inputs, ids=None, every=64):
     absent = dict.fromkeys(("D", "z", "dt_bias", "initial_state"))
-    return pallas_triton.scan(**(absent | inputs), segment_ids=ids, interpret=False)
+    return pallas_triton.scan(
+        **(absent | inputs), segment_ids=ids, checkpoint_every=every, interpret=False
+    )
 
 
-def gradients(inputs, ids=None):
+def gradients(inputs, ids=None, every=64):
     def loss(inputs):
-        y, h = scan(inputs, ids)
+        y, h = scan(inputs, ids, every)
         return jnp.sum(y.astype(jnp.float32)) + jnp.sum(h)
 
     return jax.grad(loss)(inputs)
@@ -57,15 +59,36 @@ def test_lowers_for_cuda_without_a_gpu(name, lower_for_cuda):
     assert "selective_scan_backward_kernel" in text
 
 
+@pytest.mark.parametrize(
+    ("every", "kept"),
+    [(64, "1x2x64x16xf32"), (4, "1x32x64x16xbf16"), (2, "1x64x64x16xbf16")],
+)
+def test_lowers_with_kept_states(every, kept, lower_for_cuda):
+    """One state for every so many steps, in bfloat16 where the walk back starts there."""
+    inputs = abstract_inputs(shapes.Shape(1, 128, 64, 16, 1, 4), jnp.bfloat16)
+    text = lower_for_cuda(functools.partial(gradients, every=every), inputs)
+    assert f"tensor<{kept}>" in text
+    assert "selective_scan_backward_kernel" in text
+    # The states of a first walk, in pairs of bfloat16.
+    assert ("x4xi32" in text) == (every == 64)
+
+
+def test_other_calls_keep_every_64th_state(lower_for_cuda):
+    inputs = abstract_inputs(shapes.Shape(1, 128, 64, 16, 1, 4), jnp.float32)
+    text = lower_for_cuda(functools.partial(gradients, every=2), inputs)
+    assert "tensor<1x2x64x16xf32>" in text
+
+
 def test_lowers_packed_ragged_and_float32(lower_for_cuda):
     inputs = abstract_inputs(ONE_WARP, jnp.float32, options=False)
     ids = jax.ShapeDtypeStruct((1, 130), jnp.int32)
     assert "selective_scan_backward_kernel" in lower_for_cuda(gradients, inputs, ids)
 
 
-def test_lowers_packed_ragged_tiles(lower_for_cuda):
-    """The kernels for groups of 16 channels, for lengths no multiple of their steps."""
-    shape = shapes.Shape(1, 130, 48, 16, 1, 3)
+@pytest.mark.parametrize("groups", [3, 6])
+def test_lowers_packed_ragged_tiles(groups, lower_for_cuda):
+    """Tiles of 16 and of 8 channels, for lengths no multiple of their steps."""
+    shape = shapes.Shape(1, 130, 48, 16, 1, groups)
     inputs = abstract_inputs(shape, jnp.bfloat16, options=False)
     ids = jax.ShapeDtypeStruct((1, 130), jnp.int32)
     text = lower_for_cuda(scan, inputs, ids)
@@ -158,6 +181,9 @@ def test_real_shapes_on_a_gpu(name, make_segments, assert_tree_close):
     wide = jax.tree.map(lambda v: v.astype(jnp.float32), inputs)
     y = draw(inputs["x"])
     h = jnp.asarray(rng.standard_normal(inputs["initial_state"].shape), jnp.float32)
-    found = pull_back(pallas_triton.selective_scan, inputs, (y, h))
+    scan = functools.partial(
+        pallas_triton.selective_scan, checkpoint_every=shape.checkpoint_every
+    )
+    found = pull_back(scan, inputs, (y, h))
     expected = pull_back(chunked.selective_scan, wide, (y.astype(jnp.float32), h))
     assert_tree_close(found, expected, 1e-2)
