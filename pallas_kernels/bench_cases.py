@@ -171,15 +171,12 @@ def selective_scan_case(name: str) -> Case:
         "forward": Cost(4 * channels + maps, exps),
         "forward_backward": Cost(11 * channels + 3 * maps, 2 * exps),
     }
-    return _case(
-        "selective_scan",
-        name,
-        shape,
-        make,
-        selective_api,
-        costs,
-        checkpoint_every=shape.checkpoint_every,
-    )
+    every = {"checkpoint_every": shape.checkpoint_every}
+    case = _case("selective_scan", name, shape, make, selective_api, costs, **every)
+    if shape.checkpoint_every < max(selective_api.CHECKPOINTS):
+        # Others keep what they keep.
+        return case._replace(implementations=("pallas_triton", "reference"))
+    return case
 
 
 def ssd_case(name: str) -> Case:
