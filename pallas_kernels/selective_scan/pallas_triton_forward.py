@@ -47,17 +47,19 @@ class Tile:
         loads stand before the steps of the group before, which wait for them to be
         issued behind a barrier of the program: the compiler would move the loads to the
         end of the steps. With more they stand at the end anyway.
+      ahead_unkept: The same for a forward pass that keeps no states; None for `ahead`.
     """
 
     channels: int
     warps: int
     ahead: int = 1
+    ahead_unkept: int | None = None
 
 
 # The tile of a call whose programs, one a multiprocessor, all run at once (many warps
 # share the work out evenly), of a call with more programs, and of groups of channels
 # that only the smaller tile divides.
-ONE_WAVE = Tile(channels=16, warps=16, ahead=2)
+ONE_WAVE = Tile(channels=16, warps=16, ahead=2, ahead_unkept=4)
 WAVES = Tile(channels=16, warps=4)
 NARROW = Tile(channels=8, warps=4)
 
@@ -405,14 +407,15 @@ class _Place:
         mine = d[self.plan.pairs * later :][: self.plan.pairs]
         return [_from_lane(v, lane, self.plan) for v in mine]
 
-    def run(self, names, step, state, keep=None):
+    def run(self, names, step, state, keep=None, ahead=None):
         """Goes through time; `step` is (group's number, its values, state) -> state.
 
         A group is loaded, and made ready, while those before it are computed. `keep`,
         if there is one, gets the number of each block of time and the state before it;
         the loop over a block's groups is faster than one over all groups either way.
+        `ahead` is the tile's unless given.
         """
-        plan, ahead = self.plan, self.plan.tile.ahead
+        plan, ahead = self.plan, ahead or self.plan.tile.ahead
         size = common.BLOCK // STEPS
 
         def group(i, carry):
@@ -519,8 +522,9 @@ def forward_kernel(plan, refs):
             place.store_states(refs.end, h, place.b, place.chunk)
 
     names = ("x", "dt", "B", "C", "z", "restart")
+    ahead = plan.tile.ahead_unkept if refs.kept is None else None
     h = place.states(refs.h0, place.b, place.chunk)
-    h = place.run(names, group, h, keep)
+    h = place.run(names, group, h, keep, ahead)
     place.store_states(refs.end, h, place.b, place.chunk)
 
 
