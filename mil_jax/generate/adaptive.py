@@ -16,6 +16,8 @@ HALF_LIFE = 24
 PRIOR = 1.0
 # Speculation has to promise so much more than plain decoding.
 MARGIN = 1.03
+# And so much more while plain steps were timed in one block only.
+CLEAR_MARGIN = 1.15
 # Steps of a block: of the first ones, and of one whose K has proved itself.
 FIRST_BLOCK, LAST_BLOCK = 4, 32
 # Tokens between two looks at a draft that was worth nothing; they double.
@@ -57,6 +59,7 @@ class Chooser:
         self.k_max = k_max
         self.k = 0
         self.milliseconds: dict[int, float] = {}
+        self._plain_blocks = 0
         self._is_compiled: set[tuple] = set()
         self._reached, self._accepted = np.zeros((2, k_max))
         self._block = FIRST_BLOCK
@@ -137,6 +140,11 @@ class Chooser:
         # A slow block may be another program's doing; a fast one is not.
         weight = 0.5 if milliseconds < before else 0.2
         self.milliseconds[k] = before + weight * (milliseconds - before)
+        self._plain_blocks += k == 0
+        # A step that drafts does all that a plain one does: where it was faster, the plain
+        # ones were disturbed, and a useless draft would look like a gain for good.
+        if 0 in self.milliseconds:
+            self.milliseconds[0] = min(self.milliseconds.values())
 
     def _note_acceptance(
         self, k: int, steps: int, accepted_at: np.ndarray, tried_at: np.ndarray
@@ -172,7 +180,8 @@ class Chooser:
             return
         payable = [n for n in self.choices if self._payable_steps(n) >= 2]
         best = max(payable, key=self._rate, default=0)
-        if self._rate(best) < MARGIN * self._rate(0):
+        margin = MARGIN if self._plain_blocks > 1 else CLEAR_MARGIN
+        if self._rate(best) < margin * self._rate(0):
             self._rest(k)
             return
         self._wait = FIRST_WAIT
