@@ -182,8 +182,8 @@ MODEL_SLIPS = [
         "bias dropped",
         layers.Linear,
         "__call__",
-        "self.bias is None",
-        "True",
+        "self.bias is not None",
+        "False",
         forward("rich"),
     ),
     slip(

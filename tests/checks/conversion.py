@@ -105,7 +105,11 @@ def plain_sums():
     def ungated(*args, **kwargs):
         return scan(*args, **(kwargs | {"z": None}))
 
-    def only_split(x, *args, splits=None, **kwargs):
+    def only_split(x, kernel, *args, splits=None, group=None, **kwargs):
+        if group is not None:
+            groups = x.reshape(*x.shape[:2], -1, 1, group)
+            repeats = kernel.shape[1] // x.shape[2]
+            x = jnp.repeat(groups, repeats, axis=3).reshape(*x.shape[:2], -1)
         return x if splits is None else jnp.split(x, np.cumsum(splits)[:-1], axis=-1)
 
     with (

@@ -38,7 +38,7 @@ def make_selective(shape, seed=0):
     def normal(*size):
         return rng.standard_normal(size).astype(np.float32)
 
-    slots, (b, t, e, n, B_groups, C_groups, _) = shape
+    slots, (b, t, e, n, B_groups, C_groups, *_) = shape
     pending = Pending(normal(b, slots, e), normal(b, slots, e), None)
     pending = pending._replace(B=normal(b, slots, B_groups, n))
     return {
