@@ -57,6 +57,14 @@ def check_shapes(
     return sizes
 
 
+def check_group(op: str, group: int, channels: int) -> None:
+    """Raises ValueError unless groups of `group` channels cover the channels of x."""
+    if group < 1 or channels % group:
+        raise ValueError(
+            f"{op}: group is {group}, which does not divide the {channels} channels of x"
+        )
+
+
 def check_groups(op: str, name: str, groups: int, channels: int) -> None:
     """Raises ValueError unless `groups` equal groups cover `channels` channels."""
     if groups < 1 or channels % groups:

@@ -337,7 +337,7 @@ class Unnormed(NamedTuple):
 
     Attributes:
         h: Before the norm.
-        norm: What the product is of.
+        norm: Applied to h by the product, or before it.
     """
 
     h: Float[Array, "B L D"]

@@ -73,7 +73,7 @@ def causal_conv(
             f"{op}: kernel has {outputs} channels, no multiple of the {channels} of x"
         )
     group = channels if group is None else group
-    checks.check_groups(op, "x", channels // group, channels)
+    checks.check_group(op, group, channels)
     if splits is not None and (sum(splits) != outputs or min(splits, default=0) < 1):
         raise ValueError(f"{op}: splits {splits} do not add up to {outputs} channels")
     return dispatch.run(

@@ -1,5 +1,7 @@
 """A pure Mamba layer's step as a row of this package's operations."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +20,8 @@ def mamba_step(xz, cache, num_pending, weights, *, commit, implementation=None):
     e, n = cache.state.shape[1:]
     rank = weights.dt_up.shape[1]
     run = {"implementation": implementation}
+    # Many tokens, or weights that a mesh splits: no products for a kernel.
+    product = functools.partial(narrow_product, implementation=implementation or "xla")
 
     def columns(values, start, *sizes):
         return Columns(values, start, sizes)
@@ -32,8 +36,8 @@ def mamba_step(xz, cache, num_pending, weights, *, commit, implementation=None):
         commit=commit,
         **run,
     )
-    maps = narrow_product(x, weights.maps, **run)
-    dt = narrow_product(maps[:, :, :rank], weights.dt_up, **run)
+    maps = product(x, weights.maps)
+    dt = product(maps[:, :, :rank], weights.dt_up)
     y, state = selective_multi_step(
         cache.state,
         Pending(cache.x, cache.dt, columns(cache.maps, rank, 1, n)),
@@ -50,9 +54,12 @@ def mamba_step(xz, cache, num_pending, weights, *, commit, implementation=None):
         commit=commit,
         **run,
     )
-    start = jnp.zeros_like(num_pending) if commit else num_pending
     new = {"xz": xz, "x": x, "dt": dt, "maps": maps}
-    new = {name: _write(getattr(cache, name), v, start) for name, v in new.items()}
+    new = {name: v.astype(getattr(cache, name).dtype) for name, v in new.items()}
+    if not (commit and xz.shape[1] == cache.xz.shape[1]):
+        # Otherwise every slot is written: the new tokens are the pending ones, uncopied.
+        start = jnp.zeros_like(num_pending) if commit else num_pending
+        new = {name: _write(getattr(cache, name), v, start) for name, v in new.items()}
     return y, Cache(state, window, **new)
 
 
@@ -61,4 +68,4 @@ def _write(slots, values, start):
     write = jax.vmap(
         lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=0)
     )
-    return write(slots, values.astype(slots.dtype), start)
+    return write(slots, values, start)

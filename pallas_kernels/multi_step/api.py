@@ -303,7 +303,7 @@ def conv_multi_step(
     checks.check_shapes(op, rest, sizes)
     channels, outputs = sizes["C"], sizes["F"]
     group = channels if group is None else group
-    checks.check_groups(op, "x", channels // group, channels)
+    checks.check_group(op, group, channels)
     if outputs % channels:
         raise ValueError(
             f"{op}: kernel has {outputs} channels, no multiple of the {channels} of x"

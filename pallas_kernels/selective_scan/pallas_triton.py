@@ -1,10 +1,11 @@
 """The selective scan on a GPU through Pallas and Triton: calls, gradients, limits.
 
-For the backward pass the forward keeps the state at every 64th step; the backward runs those
-64 steps again, first for the states at every second step and then two steps at a time in
-registers. It never inverts the recurrence. A batch too small for the GPU is cut in time as
-well: a first pass computes each chunk's last state from zero, or what its outputs pull back
-to its start, and the second pass begins from what those combine to.
+For the backward pass the forward keeps the state at every 64th step; the backward runs
+those 64 steps again, first for the states at every second or fourth step (or the forward
+keeps those, `checkpoint_every`) and then from each of them in registers. It never inverts
+the recurrence. A batch too small for the GPU is cut in time as well: a first pass computes
+each chunk's last state from zero, or what its outputs pull back to its start, and the
+second pass begins from what those combine to.
 """
 
 import dataclasses

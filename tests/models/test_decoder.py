@@ -6,7 +6,7 @@ from checks import sequences, stacking, stepping, tiny
 
 from mil_jax.config import ComputeConfig
 from mil_jax.errors import UserError
-from mil_jax.models import decoder
+from mil_jax.models import decoder, mamba
 
 pytestmark = pytest.mark.usefixtures("strict_jax")
 SSM_KINDS = ["mamba", "mamba2", "pure"]
@@ -78,6 +78,22 @@ def test_decoding_without_commit(kind):
 )
 def test_scanned_and_rematerialised_layers_are_the_layers(kind, first, second):
     stacking.check_scan_and_remat(kind, first, second)
+
+
+@pytest.mark.parametrize("every", [64, 2])
+def test_scans_keep_as_many_states_as_configured(every, monkeypatch):
+    asked, scan = set(), mamba.selective_scan
+
+    def record(*args, checkpoint_every, **kwargs):
+        asked.add(checkpoint_every)
+        return scan(*args, checkpoint_every=checkpoint_every, **kwargs)
+
+    monkeypatch.setattr(mamba, "selective_scan", record)
+    changes = {} if every == 64 else {"scan_checkpoint_every": every}
+    with tiny.fresh_traces():
+        model = tiny.build(tiny.CONFIGS["mamba"], tiny.params("mamba"), **changes)
+        jax.eval_shape(model, tiny.tokens(1, 8))
+    assert asked == {every}
 
 
 @pytest.mark.parametrize("kind", ["attention", "mamba", "mamba2"])

@@ -242,6 +242,12 @@ def test_shape_errors(name, size, message):
     assert f"causal_conv: {message}" in str(error.value)
 
 
+@pytest.mark.parametrize("group", [0, 4, 8])
+def test_groups_cover_the_channels(group):
+    with pytest.raises(ValueError, match=f"group is {group}, which does not divide"):
+        causal_conv(jnp.zeros((1, 2, 6)), jnp.zeros((4, 12)), group=group)
+
+
 def test_unknown_activation():
     with pytest.raises(ValueError, match="activation is 'gelu', expected 'silu'"):
         causal_conv(jnp.zeros((1, 2, 3)), jnp.zeros((4, 3)), activation="gelu")
