@@ -439,7 +439,7 @@ def test_conv_in_parts(implementation, assert_close):
             {"kernel": jnp.ones((4, 100))},
             "bias has shape (108,), expected [F] = (100,)",
         ),
-        ({"group": 5}, "x has 7 groups, which do not divide 36 channels"),
+        ({"group": 5}, "group is 5, which does not divide the 36 channels of x"),
         (
             {"kernel": jnp.ones((4, 40)), "bias": jnp.ones(40)},
             "kernel has 40 channels, no multiple of the 36 of x",
