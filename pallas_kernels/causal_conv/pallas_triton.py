@@ -57,8 +57,7 @@ def causal_conv(
     run = group * (outputs // x.shape[2])
     if run & (run - 1) or group & (group - 1) or _block(BACKWARD) % run:
         x = parts.repeat(x, outputs, group)
-        if initial_window is not None:
-            initial_window = parts.repeat(initial_window, outputs, group)
+        initial_window = parts.repeat(initial_window, outputs, group)
     plan = Plan(activation, splits or (outputs,), group)
     found = _causal_conv(plan, x, kernel, bias, initial_window, segment_ids)
     return found[0] if splits is None else found

@@ -7,9 +7,14 @@ from jaxtyping import Array, Float
 
 
 def repeat(
-    x: Float[Array, "B L C"], outputs: int, group: int | None
-) -> Float[Array, "B L F"]:
-    """Returns every `group` channels F / C times, consecutively; all of them if None."""
+    x: Float[Array, "B L C"] | None, outputs: int, group: int | None
+) -> Float[Array, "B L F"] | None:
+    """Returns every `group` channels F / C times, consecutively; all of them if None.
+
+    None, a window that is not there, stays None.
+    """
+    if x is None:
+        return None
     channels = x.shape[-1]
     if outputs == channels:
         return x

@@ -20,8 +20,7 @@ def causal_conv(
 ):
     """Returns y, or its parts; see `api.causal_conv` for the arguments."""
     x = parts.repeat(x, kernel.shape[1], group)
-    if initial_window is not None:
-        initial_window = parts.repeat(initial_window, kernel.shape[1], group)
+    initial_window = parts.repeat(initial_window, kernel.shape[1], group)
     batch, length, channels = x.shape
     f32 = jnp.float32
     kernel = kernel.astype(f32)
